@@ -1,0 +1,45 @@
+"""`tiny`: the whole system on a laptop."""
+
+from dsv3_jax.config import (
+    CheckpointConfig,
+    Config,
+    DataConfig,
+    ModelConfig,
+    OptimConfig,
+    ParallelConfig,
+    RunConfig,
+)
+
+
+def tiny() -> Config:
+    """Every part of V3 (MLA, MoE, loss-free balance, MTP) at laptop size, on 8 emulated devices.
+
+    Command: python -m experiments.pretrain
+    """
+    return Config(
+        run=RunConfig(name="tiny", num_steps=300, eval_interval=100),
+        model=ModelConfig(
+            vocab_size=2048,
+            width=128,
+            num_layers=4,
+            num_dense_layers=1,
+            dense_ffn_width=256,
+            expert_ffn_width=64,
+            num_heads=4,
+            qk_nope_head_dim=32,
+            qk_rope_head_dim=16,
+            v_head_dim=32,
+            q_latent_dim=96,
+            kv_latent_dim=64,
+            num_experts=8,
+            num_shared_experts=1,
+            experts_per_token=2,
+            num_groups=4,
+            num_groups_kept=2,
+            init_std=0.02,
+        ),
+        parallel=ParallelConfig(data=2, expert=4),
+        optim=OptimConfig(peak_lr=3e-3, warmup_steps=20),
+        data=DataConfig(sequence_length=128, sequences_per_step=32, max_documents=400),
+        checkpoint=CheckpointConfig(interval_steps=100),
+    )

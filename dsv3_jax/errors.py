@@ -1,0 +1,35 @@
+"""Errors a user can mend: one line on stderr, exit code 2, no traceback."""
+
+import difflib
+import sys
+from collections.abc import Callable, Iterable
+
+EXIT_USER_ERROR = 2
+
+
+class UserError(ValueError):
+    """What is wrong, what is allowed, and how to mend it, in one line.
+
+    Raise it for anything a user can cause (a key, a file, a mesh); use `assert` for our own
+    invariants. `run_main` turns it into one line on stderr and exit code 2.
+    """
+
+
+def did_you_mean(word: str, allowed: Iterable[str]) -> str:
+    """Returns ` did you mean 'x'?` for the closest allowed word, or '' when nothing is close."""
+    close = difflib.get_close_matches(word, list(allowed), n=1, cutoff=0.5)
+    return f" did you mean '{close[0]}'?" if close else ""
+
+
+def run_main(main: Callable[[list[str]], int | None]) -> None:
+    """Runs an absl `main(argv)`, ending with exit code 2 and one line on a `UserError`."""
+    from absl import app
+
+    def guarded(argv: list[str]) -> int | None:
+        try:
+            return main(argv)
+        except UserError as error:
+            print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+            return EXIT_USER_ERROR
+
+    app.run(guarded)

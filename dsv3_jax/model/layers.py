@@ -1,0 +1,55 @@
+"""Parameters and the three plain layers: Linear, RMSNorm, Embedding.
+
+A weight is one line: shape, logical axes, init. `parallel/rules.py` turns logical axes into mesh
+axes; a module stacked for `lax.scan` has a leading `layer` dim that the names leave out.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from dsv3_jax.model.runtime import Runtime
+from dsv3_jax.precision.policy import dot
+
+
+def parameter(
+    rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str | None, ...], std: float
+) -> nnx.Param:
+    """A float32 parameter ~ N(0, std^2) (spec §1) with one logical axis name a dim."""
+    assert len(shape) == len(axes), (shape, axes)
+    return nnx.Param(std * jax.random.normal(rngs.params(), shape, jnp.float32), axes=axes)
+
+
+class Linear(nnx.Module):
+    """y = x W without bias (spec §1): [..., I] -> [..., O], kernel [I, O]."""
+
+    def __init__(self, rngs, d_in, d_out, axes, std, runtime: Runtime):
+        self.kernel = parameter(rngs, (d_in, d_out), axes, std)
+        self.runtime = runtime
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return dot(x, self.kernel[...], self.runtime.compute_dtype)
+
+
+class RMSNorm(nnx.Module):
+    """x / rms(x) * gain over the last dim, in float32, cast back (spec §1)."""
+
+    def __init__(self, width: int, epsilon: float):
+        self.gain = nnx.Param(jnp.ones((width,), jnp.float32), axes=(None,))
+        self.epsilon = epsilon
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x32 = x.astype(jnp.float32)
+        inverse_rms = jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.epsilon)
+        return (x32 * inverse_rms * self.gain[...]).astype(x.dtype)
+
+
+class Embedding(nnx.Module):
+    """Token table [V, D]; the output is not scaled (spec §1)."""
+
+    def __init__(self, rngs, vocab_size, width, std, runtime: Runtime):
+        self.table = parameter(rngs, (vocab_size, width), ("vocab", "embed"), std)
+        self.runtime = runtime
+
+    def __call__(self, tokens: jax.Array) -> jax.Array:
+        return self.table[...][tokens].astype(self.runtime.compute_dtype)

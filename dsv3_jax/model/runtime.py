@@ -1,0 +1,34 @@
+"""How the model's maths is executed. Nothing here changes the result beyond rounding."""
+
+from dataclasses import dataclass
+
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from dsv3_jax.config import Config
+
+
+@dataclass(frozen=True, kw_only=True)
+class Runtime:
+    """Static, hashable execution choices, kept by the modules as a plain attribute.
+
+    `mesh=None` runs without sharding: no constraint and no collective is emitted.
+    """
+
+    mesh: Mesh | None = None
+    compute_dtype: jnp.dtype = jnp.dtype(jnp.float32)  # matmul operands and activations
+    remat: str = "none"  # 'none', 'paper' (spec §5.5), 'full'
+    attention: str | None = None  # None: the best that accepts the shapes; 'blockwise', 'cudnn'
+    grouped_matmul: str | None = None  # None: by platform; 'ragged', 'mosaic_gpu', 'padded'
+    dispatch: str = "padded"  # 'padded', 'ragged', 'hierarchical'
+    devices_per_node: int = 8  # hierarchical dispatch: `expert` positions that share a node
+
+    @classmethod
+    def from_config(cls, config: Config, mesh: Mesh | None) -> "Runtime":
+        return cls(
+            mesh=mesh,
+            compute_dtype=jnp.dtype(config.precision.compute),
+            remat=config.precision.remat,
+            dispatch=config.parallel.dispatch,
+            devices_per_node=config.parallel.devices_per_node,
+        )

@@ -1,0 +1,99 @@
+"""Layouts: tables from logical to mesh axes, one a preset, and the specs they give.
+
+`zero1_ep` is the paper's (spec §8): dense weights replicated, experts on their `expert` shard,
+optimizer state further split over every axis a weight leaves free. `fsdp_ep` also splits the
+weights.
+"""
+
+from collections.abc import Mapping
+from types import MappingProxyType
+
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+MeshAxes = str | tuple[str, ...] | None
+
+_REPLICATED = dict.fromkeys(
+    ("layer", "vocab", "embed", "q_latent", "kv_latent", "heads", "ffn", "expert_embed",
+     "expert_ffn")
+)  # fmt: skip
+
+LAYOUTS: Mapping[str, Mapping[str, MeshAxes]] = MappingProxyType(
+    {
+        "zero1_ep": {**_REPLICATED, "expert": "expert"},
+        "fsdp_ep": {
+            **_REPLICATED,
+            "expert": "expert",
+            "embed": ("data", "expert"),
+            "expert_embed": "data",
+        },
+    }
+)
+
+
+def _as_tuple(axes: MeshAxes) -> tuple[str, ...]:
+    return () if axes is None else (axes,) if isinstance(axes, str) else tuple(axes)
+
+
+def logical_to_spec(
+    axes: tuple[str | None, ...], rules: Mapping[str, MeshAxes]
+) -> PartitionSpec:
+    """Mesh axes of a weight from its logical axes.
+
+    Raises:
+      ValueError: two dims of one weight would use the same mesh axis, or an unknown logical axis.
+    """
+    used: dict[str, str | None] = {}
+    entries: list[MeshAxes] = []
+    for name in axes:
+        if name is not None and name not in rules:
+            raise ValueError(f"logical axis {name!r} is not in the layout: {', '.join(rules)}")
+        mesh_axes = _as_tuple(rules[name] if name is not None else None)
+        for mesh_axis in mesh_axes:
+            if mesh_axis in used:
+                raise ValueError(
+                    f"logical axes {used[mesh_axis]!r} and {name!r} of {axes} both map to mesh "
+                    f"axis {mesh_axis!r}"
+                )
+            used[mesh_axis] = name
+        entries.append(mesh_axes[0] if len(mesh_axes) == 1 else mesh_axes or None)
+    return PartitionSpec(*entries)
+
+
+def _fitting(mesh: Mesh, dim: int, axes: tuple[str, ...]) -> tuple[str, ...]:
+    """The longest prefix of mesh axes whose product divides a dim."""
+    while axes and dim % int(np.prod([mesh.shape[a] for a in axes])):
+        axes = axes[:-1]
+    return axes
+
+
+def weight_sharding(
+    mesh: Mesh, shape: tuple[int, ...], axes: tuple[str | None, ...], layout: str
+) -> NamedSharding:
+    """Sharding of a weight; a stacked one has leading dims that `axes` does not name.
+
+    A dim that its mesh axes do not divide is split over fewer of them, down to replicated.
+    """
+    axes = ("layer",) * (len(shape) - len(axes)) + tuple(axes)
+    spec = logical_to_spec(axes, LAYOUTS[layout])
+    entries = [_fitting(mesh, dim, _as_tuple(entry)) for dim, entry in zip(shape, spec, strict=True)]
+    return NamedSharding(mesh, PartitionSpec(*(entry or None for entry in entries)))
+
+
+def optimizer_sharding(weight: NamedSharding, shape: tuple[int, ...]) -> NamedSharding:
+    """ZeRO-1 (spec §8): optimizer state also split over the batch axes its weight leaves free.
+
+    The free axes go to the first unsharded dim that they divide; with none, the state stays as the
+    weight is.
+    """
+    mesh = weight.mesh
+    entries = [_as_tuple(e) for e in weight.spec] + [()] * (len(shape) - len(weight.spec))
+    used = {axis for entry in entries for axis in entry}
+    free = tuple(a for a in ("data", "expert") if a not in used and mesh.shape[a] > 1)
+    for axes in (free, free[:1], free[1:]):
+        size = int(np.prod([mesh.shape[a] for a in axes]))
+        for i, (dim, entry) in enumerate(zip(shape, entries, strict=True)):
+            if axes and not entry and dim % size == 0:
+                entries[i] = axes
+                return NamedSharding(mesh, PartitionSpec(*(e or None for e in entries)))
+    return weight
