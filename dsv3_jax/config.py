@@ -5,7 +5,7 @@ A run is a Python function that returns a whole `Config`. absl picks it (`--conf
 published for V3 is given with its spec section where there is one.
 """
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 
 from dsv3_jax.errors import UserError
 
@@ -48,7 +48,7 @@ class ModelConfig:
     normalize_weights: bool = True  # divide by the sum over the selected experts
     routed_scaling_factor: float = 2.5
     mtp_depth: int = 1  # D of spec §4: sequential prediction modules
-    mtp_hidden: str = "post_norm"  # hidden state fed to MTP: after ('post_norm') or before the final norm
+    mtp_hidden: str = "post_norm"  # MTP's input: after or before ('pre_norm') the final norm
     rope_theta: float = 10000.0
     yarn: YarnConfig = field(default_factory=YarnConfig)
     norm_epsilon: float = 1e-6
@@ -102,7 +102,7 @@ class OptimConfig:
 
     peak_lr: float = 2.2e-4
     warmup_steps: int = 2000
-    total_tokens: float | None = None  # what the schedules' 14.8T maps to; None: num_steps * tokens a step
+    total_tokens: float | None = None  # the schedules' 14.8T; None: num_steps * tokens_per_step
     beta1: float = 0.9
     beta2: float = 0.95
     epsilon: float = 1e-8  # unpublished
@@ -118,7 +118,7 @@ class SourceConfig:
     """One corpus of a mixture."""
 
     kind: str = "python"  # 'python', 'text', 'jsonl', 'parquet', 'arrayrecord'
-    path: str = ""  # file, folder or glob; python: '' = standard library, 'packages' = installed packages too
+    path: str = ""  # file, folder or glob; python: '' (standard library) or 'packages' (all)
     weight: float = 1.0  # share of the mixture, relative to the others
     text_key: str = "text"  # jsonl, parquet: the field that holds the text
 
@@ -128,20 +128,21 @@ class DataConfig:
     """Corpus, tokenizer and batch shape (spec §8)."""
 
     sources: tuple[SourceConfig, ...] = (SourceConfig(),)
-    tokenizer: str = "train"  # 'train': byte-level BPE on the corpus; else the path of a tokenizer.json
+    tokenizer: str = "train"  # 'train': byte-level BPE on the corpus; or a tokenizer.json
     cache_dir: str = ""  # tokenised shards and the trained tokenizer; '': ~/.cache/dsv3_jax
+    prepared: str = ""  # folder of tools/prepare_data to read instead of sources and tokenizer
     sequence_length: int = 4096  # tokens a sequence
     sequences_per_step: int = 15360  # global batch after the ramp
-    sequences_per_step_start: int | None = None  # global batch at token 0 (3072 in V3); None: no ramp
+    sequences_per_step_start: int | None = None  # batch at token 0 (3072 in V3); None: no ramp
     batch_ramp_fraction: float = 0.469 / 14.8  # share of total_tokens over which the batch grows
-    microbatch_sequences: int | None = None  # global sequences of one micro-batch; None: the whole step
+    microbatch_sequences: int | None = None  # global sequences a micro-batch; None: all
     fim_rate: float = 0.1  # share of documents turned into prefix-suffix-middle
-    punctuation_split_rate: float = 0.1  # share of merged punctuation+newline tokens split (unpublished)
+    punctuation_split_rate: float = 0.1  # share of punctuation+newline tokens split
     deduplicate: bool = True  # drop near-duplicate documents (MinHash)
     filter_quality: bool = True  # drop very short, repetitive or incompressible documents
     separate_documents: bool = False  # block-diagonal attention over packed documents (SFT only)
     max_documents: int | None = None  # read at most this many documents of each source
-    validation_documents: int = 64  # documents held out for validation
+    validation_documents: int = 64  # held out for validation, at most a quarter of a source
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -197,108 +198,3 @@ class Config:
         if self.run.num_steps is None:
             raise UserError("optim.total_tokens and run.num_steps are both none; set one of them")
         return float(self.run.num_steps * self.tokens_per_step)
-
-
-CHOICES = {
-    "model.group_score": ("top2_sum", "max"),
-    "model.affinity": ("sigmoid", "softmax"),
-    "model.mtp_hidden": ("post_norm", "pre_norm"),
-    "balance.method": ("loss_free", "auxiliary", "none"),
-    "parallel.layout": ("zero1_ep", "fsdp_ep"),
-    "parallel.dispatch": ("padded", "ragged", "hierarchical"),
-    "precision.compute": ("bfloat16", "float32"),
-    "precision.moments": ("bfloat16", "float32"),
-    "precision.remat": ("none", "paper", "full"),
-}
-
-_MAY_BE_ZERO = {
-    "model.mtp_depth",
-    "model.num_dense_layers",
-    "model.num_shared_experts",
-    "optim.warmup_steps",
-    "run.seed",
-    "run.num_samples",
-    "run.eval_batches",
-    "data.validation_documents",
-}
-
-
-def _check_divides(what: str, value: int, by_what: str, by: int) -> None:
-    if value % by:
-        raise UserError(
-            f"{what}={value} is not a multiple of {by_what}={by}; "
-            f"change one of them, e.g. {what}={max(1, round(value / by)) * by}"
-        )
-
-
-def validate(config: Config) -> None:
-    """Checks everything that can be checked without devices or files.
-
-    Raises:
-      UserError: names the key, its value, what is allowed and how to mend it.
-    """
-    for group in fields(config):
-        section = getattr(config, group.name)
-        for item in fields(section):
-            key, value = f"{group.name}.{item.name}", getattr(section, item.name)
-            if key in CHOICES and value not in CHOICES[key]:
-                raise UserError(f"{key}={value!r} is unknown; allowed: {', '.join(CHOICES[key])}")
-            if isinstance(value, bool) or not isinstance(value, int):
-                continue
-            if value < (0 if key in _MAY_BE_ZERO else 1):
-                raise UserError(f"{key}={value} is too small; it must be positive")
-    model, parallel, data = config.model, config.parallel, config.data
-    if model.num_dense_layers > model.num_layers:
-        raise UserError(
-            f"model.num_dense_layers={model.num_dense_layers} exceeds "
-            f"model.num_layers={model.num_layers}"
-        )
-    _check_divides("model.qk_rope_head_dim", model.qk_rope_head_dim, "2", 2)
-    _check_divides("model.num_experts", model.num_experts, "model.num_groups", model.num_groups)
-    if model.num_groups_kept > model.num_groups:
-        raise UserError(
-            f"model.num_groups_kept={model.num_groups_kept} exceeds "
-            f"model.num_groups={model.num_groups}"
-        )
-    group_size = model.num_experts // model.num_groups
-    reachable = group_size * model.num_groups_kept
-    if model.experts_per_token > reachable:
-        raise UserError(
-            f"model.experts_per_token={model.experts_per_token} exceeds the {reachable} experts of "
-            f"the {model.num_groups_kept} kept groups; lower it or raise model.num_groups_kept"
-        )
-    if model.num_groups > 1 and model.group_score == "top2_sum" and group_size < 2:
-        raise UserError("model.group_score='top2_sum' needs 2 experts a group; lower num_groups")
-    _check_divides("model.num_experts", model.num_experts, "parallel.expert", parallel.expert)
-    shards = parallel.data * parallel.expert
-    rows = config.microbatch_sequences
-    _check_divides("data.microbatch_sequences", rows, "parallel.data*parallel.expert", shards)
-    _check_divides(
-        "data.sequences_per_step", data.sequences_per_step, "data.microbatch_sequences", rows
-    )
-    if data.sequences_per_step_start is not None:
-        _check_divides(
-            "data.sequences_per_step_start",
-            data.sequences_per_step_start,
-            "data.microbatch_sequences",
-            rows,
-        )
-        if data.sequences_per_step_start > data.sequences_per_step:
-            raise UserError("data.sequences_per_step_start exceeds data.sequences_per_step")
-    if parallel.pipe > 1:
-        raise UserError("parallel.pipe must be 1: the pipeline schedules are not built yet")
-    if data.sequence_length <= model.mtp_depth:
-        raise UserError("data.sequence_length must exceed model.mtp_depth")
-    if not data.sources:
-        raise UserError("data.sources is empty; name at least one source")
-    for rate in ("fim_rate", "punctuation_split_rate"):
-        if not 0.0 <= getattr(data, rate) <= 1.0:
-            raise UserError(f"data.{rate}={getattr(data, rate)} must lie between 0 and 1")
-    if parallel.dispatch == "hierarchical" and parallel.expert > parallel.devices_per_node:
-        _check_divides(
-            "parallel.expert",
-            parallel.expert,
-            "parallel.devices_per_node",
-            parallel.devices_per_node,
-        )
-    _ = config.total_tokens

@@ -52,7 +52,5 @@ def v2_lite_16b() -> Config:
         ),
         parallel=ParallelConfig(data=8, expert=8, layout="fsdp_ep"),
         optim=OptimConfig(peak_lr=4.2e-4, warmup_steps=2000, total_tokens=5.7e12),
-        data=DataConfig(
-            sequence_length=4096, sequences_per_step=4608, microbatch_sequences=64
-        ),
+        data=DataConfig(sequence_length=4096, sequences_per_step=4608, microbatch_sequences=64),
     )

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
@@ -22,6 +23,12 @@ class Runtime:
     grouped_matmul: str | None = None  # None: by platform; 'ragged', 'mosaic_gpu', 'padded'
     dispatch: str = "padded"  # 'padded', 'ragged', 'hierarchical'
     devices_per_node: int = 8  # hierarchical dispatch: `expert` positions that share a node
+
+    @property
+    def platform(self) -> str:
+        """'cpu', 'gpu' or 'tpu': that of the mesh, which may differ from this machine's (AOT)."""
+        has_devices = isinstance(self.mesh, Mesh)  # an abstract mesh, for tracing, has none
+        return self.mesh.devices.flat[0].platform if has_devices else jax.default_backend()
 
     @classmethod
     def from_config(cls, config: Config, mesh: Mesh | None) -> "Runtime":

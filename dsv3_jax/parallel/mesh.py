@@ -38,14 +38,14 @@ def make_mesh(parallel: ParallelConfig, devices: list[jax.Device] | None = None)
     needed = int(np.prod(shape))
     if needed > len(devices):
         raise UserError(
-            f"the mesh pipe {shape[0]} x data {shape[1]} x expert {shape[2]} needs {needed} devices "
-            f"but {len(devices)} {devices[0].platform} device(s) exist; lower parallel.data or "
-            f"parallel.expert, e.g. --set parallel.data=1 --set parallel.expert=1"
+            f"the mesh pipe {shape[0]} x data {shape[1]} x expert {shape[2]} needs {needed} "
+            f"devices but {len(devices)} {devices[0].platform} device(s) exist; lower "
+            f"parallel.data or parallel.expert, e.g. --set parallel.data=1 --set parallel.expert=1"
         )
     if jax.process_count() > 1 and needed != len(devices):
         raise UserError(
-            f"{jax.process_count()} processes have {len(devices)} devices but the mesh uses {needed}; "
-            f"make pipe*data*expert equal {len(devices)}"
+            f"{jax.process_count()} processes have {len(devices)} devices but the mesh uses "
+            f"{needed}; make pipe*data*expert equal {len(devices)}"
         )
     return Mesh(np.array(devices[:needed]).reshape(shape), AXES)
 
@@ -53,3 +53,17 @@ def make_mesh(parallel: ParallelConfig, devices: list[jax.Device] | None = None)
 def batch_sharding(mesh: Mesh, leading: int = 0) -> NamedSharding:
     """Sharding of a [B, ...] array, or [A, B, ...] with `leading=1`."""
     return NamedSharding(mesh, PartitionSpec(*([None] * leading), BATCH_AXES))
+
+
+def initialize_processes() -> None:
+    """Joins the other processes of a cluster, when the environment shows one of several processes.
+
+    Call before JAX's first use. Cluster and addresses are detected by JAX; elsewhere set
+    JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID.
+    """
+    several = any(
+        int(os.environ.get(name) or 1) > 1
+        for name in ("JAX_NUM_PROCESSES", "SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE")
+    )
+    if several or "," in os.environ.get("TPU_WORKER_HOSTNAMES", ""):
+        jax.distributed.initialize()

@@ -35,9 +35,7 @@ def _as_tuple(axes: MeshAxes) -> tuple[str, ...]:
     return () if axes is None else (axes,) if isinstance(axes, str) else tuple(axes)
 
 
-def logical_to_spec(
-    axes: tuple[str | None, ...], rules: Mapping[str, MeshAxes]
-) -> PartitionSpec:
+def logical_to_spec(axes: tuple[str | None, ...], rules: Mapping[str, MeshAxes]) -> PartitionSpec:
     """Mesh axes of a weight from its logical axes.
 
     Raises:
@@ -76,7 +74,9 @@ def weight_sharding(
     """
     axes = ("layer",) * (len(shape) - len(axes)) + tuple(axes)
     spec = logical_to_spec(axes, LAYOUTS[layout])
-    entries = [_fitting(mesh, dim, _as_tuple(entry)) for dim, entry in zip(shape, spec, strict=True)]
+    entries = [
+        _fitting(mesh, dim, _as_tuple(entry)) for dim, entry in zip(shape, spec, strict=True)
+    ]
     return NamedSharding(mesh, PartitionSpec(*(entry or None for entry in entries)))
 
 

@@ -1,0 +1,103 @@
+"""MANIFEST.json: what a checkpoint must consist of, byte for byte.
+
+Orbax does not notice a flipped bit in array data, so every file's size and crc32 are written down
+when a save has committed and compared before a restore. The manifest guards itself: it holds the
+crc32 of its own body and must be exactly the text that its contents render to.
+"""
+
+import json
+import os
+import zlib
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from dsv3_jax.checkpoint.hashing import crc32_of_file
+
+NAME = "MANIFEST.json"
+
+
+class DamagedCheckpoint(Exception):
+    """Why a checkpoint cannot be trusted: the files and what is wrong with each."""
+
+
+def write(directory: Path, body: dict[str, Any]) -> None:
+    """Hashes every file of a committed checkpoint and writes its manifest by rename.
+
+    Args:
+      directory: the checkpoint of one step.
+      body: JSON-safe contents beside `files`: step, config_digest, arrays, extra.
+    """
+    content = _render({**body, "files": _hash_files(directory)})
+    temporary = directory / f"{NAME}.tmp"
+    with temporary.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(directory / NAME)
+
+
+def read(directory: Path) -> dict[str, Any]:
+    """The manifest of a checkpoint, its own crc32 checked, the other files untouched.
+
+    Raises:
+      DamagedCheckpoint: there is none, or it is not what was written.
+    """
+    try:
+        content = (directory / NAME).read_bytes()
+    except FileNotFoundError:
+        raise DamagedCheckpoint(f"{NAME} is missing, so nothing can be verified") from None
+    except OSError as error:
+        raise DamagedCheckpoint(f"{NAME} cannot be read ({error})") from None
+    try:
+        body = json.loads(content)["body"]
+        intact = _render(body) == content
+    except (ValueError, KeyError, TypeError, RecursionError):
+        intact = False
+    if not intact:
+        raise DamagedCheckpoint(f"{NAME} is damaged")
+    return body
+
+
+def verify(directory: Path) -> dict[str, Any]:
+    """Re-hashes every file of a checkpoint and returns its manifest.
+
+    Raises:
+      DamagedCheckpoint: names every file that is missing, unexpected or changed.
+    """
+    body = read(directory)
+    expected = body["files"]
+    try:
+        found = _hash_files(directory)
+    except OSError as error:
+        raise DamagedCheckpoint(f"{error.filename} cannot be read ({error.strerror})") from None
+    problems = [f"{name} is missing" for name in expected if name not in found]
+    problems += [f"{name} does not belong to it" for name in found if name not in expected]
+    for name in sorted(expected.keys() & found.keys()):
+        want, have = expected[name], found[name]
+        if have["bytes"] != want["bytes"]:
+            problems.append(f"{name} has {have['bytes']} bytes instead of {want['bytes']}")
+        elif have["crc32"] != want["crc32"]:
+            problems.append(f"{name} is altered (crc32 {have['crc32']}, was {want['crc32']})")
+    if problems:
+        raise DamagedCheckpoint("; ".join(problems))
+    return body
+
+
+def _hash_files(directory: Path) -> dict[str, dict[str, Any]]:
+    paths = [p for p in sorted(directory.rglob("*")) if not p.is_dir()]
+    paths = [p for p in paths if p != directory / NAME]
+
+    def entry(path: Path) -> dict[str, Any]:
+        return {"bytes": path.stat().st_size, "crc32": f"{crc32_of_file(path):08x}"}
+
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # crc32 releases the GIL
+        entries = list(pool.map(entry, paths))
+    names = [path.relative_to(directory).as_posix() for path in paths]
+    return dict(zip(names, entries, strict=True))
+
+
+def _render(body: Any) -> bytes:
+    crc = zlib.crc32(json.dumps(body, sort_keys=True, allow_nan=False).encode())
+    whole = {"body": body, "crc32": f"{crc:08x}"}
+    return (json.dumps(whole, sort_keys=True, allow_nan=False, indent=1) + "\n").encode()

@@ -1,0 +1,117 @@
+"""Multi-head latent attention (spec §2): the naive form for training and prefill, the absorbed
+form for decoding, of the same weights.
+
+Shape letters: B batch, T query tokens, S key tokens, D width, N heads, Q query latent, L KV
+latent, P nope, R rope, H value head.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+
+from dsv3_jax.config import ModelConfig
+from dsv3_jax.model import rope
+from dsv3_jax.model.attention import mla_attention
+from dsv3_jax.model.cache import LatentCache
+from dsv3_jax.model.layers import Linear, RMSNorm
+from dsv3_jax.model.runtime import Runtime
+
+
+class MLA(nnx.Module):
+    """[B, T, D] -> [B, T, D], causal. `config.q_latent_dim=None` leaves the query latent out."""
+
+    def __init__(self, config: ModelConfig, *, runtime: Runtime, rngs: nnx.Rngs):
+        c, std, eps = config, config.init_std, config.norm_epsilon
+        self.config, self.runtime = config, runtime
+        D, Q, L, R = c.width, c.q_latent_dim, c.kv_latent_dim, c.qk_rope_head_dim
+        queries = c.num_heads * c.qk_head_dim
+        keys_values = c.num_heads * (c.qk_nope_head_dim + c.v_head_dim)
+        outputs = c.num_heads * c.v_head_dim
+        if Q is None:
+            self.wq = Linear(rngs, D, queries, ("embed", "heads"), std, runtime)
+        else:
+            self.wq_a = Linear(rngs, D, Q, ("embed", "q_latent"), std, runtime)
+            self.q_norm = RMSNorm(Q, eps)
+            self.wq_b = Linear(rngs, Q, queries, ("q_latent", "heads"), std, runtime)
+        self.wkv_a = Linear(rngs, D, L + R, ("embed", "kv_latent"), std, runtime)
+        self.kv_norm = RMSNorm(L, eps)
+        self.wkv_b = Linear(rngs, L, keys_values, ("kv_latent", "heads"), std, runtime)
+        self.wo = Linear(rngs, outputs, D, ("heads", "embed"), std, runtime)
+
+    def __call__(
+        self, x_BTD: jax.Array, *, cos_sin: rope.CosSin, segments_BT: jax.Array | None = None
+    ) -> jax.Array:
+        return self.naive(x_BTD, self.latents(x_BTD, cos_sin), cos_sin, segments_BT)
+
+    def latents(self, x_BTD: jax.Array, cos_sin: rope.CosSin) -> LatentCache:
+        """What a cache keeps of x: c^KV after its norm, and the rotated shared rope key."""
+        # The names mark what recomputation keeps (block.py): latents before their norms.
+        down_BTK = checkpoint_name(self.wkv_a(x_BTD), "kv_latent")
+        latent_BTL, k_rope_BTR = jnp.split(down_BTK, [self.config.kv_latent_dim], axis=-1)
+        return LatentCache(self.kv_norm(latent_BTL), rope.rotate(k_rope_BTR, cos_sin))
+
+    def queries(self, x_BTD: jax.Array, cos_sin: rope.CosSin) -> tuple[jax.Array, jax.Array]:
+        """Returns q^C [B, T, N, P] and the rotated q^R [B, T, N, R]."""
+        c = self.config
+        if c.q_latent_dim is None:
+            q = self.wq(x_BTD)
+        else:
+            q = self.wq_b(self.q_norm(checkpoint_name(self.wq_a(x_BTD), "q_latent")))
+        q = q.reshape(*q.shape[:2], c.num_heads, c.qk_head_dim)
+        q_nope_BTNP, q_rope_BTNR = jnp.split(q, [c.qk_nope_head_dim], axis=-1)
+        return q_nope_BTNP, rope.rotate(q_rope_BTNR, cos_sin)
+
+    def naive(
+        self,
+        x_BTD: jax.Array,
+        latents: LatentCache,
+        cos_sin: rope.CosSin,
+        segments_BT: jax.Array | None = None,
+    ) -> jax.Array:
+        """Keys and values are formed per head from the latents of the same tokens (S = T)."""
+        c = self.config
+        q_nope_BTNP, q_rope_BTNR = self.queries(x_BTD, cos_sin)
+        kv = self.wkv_b(latents.latent_BSL)
+        kv = kv.reshape(*kv.shape[:2], c.num_heads, c.qk_nope_head_dim + c.v_head_dim)
+        k_nope_BSNP, v_BSNH = jnp.split(kv, [c.qk_nope_head_dim], axis=-1)
+        o_BTNH = mla_attention(
+            q_nope_BTNP,
+            q_rope_BTNR,
+            k_nope_BSNP,
+            latents.k_rope_BSR,
+            v_BSNH,
+            scale=rope.softmax_scale(c),
+            segments_BT=segments_BT,
+            implementation=self.runtime.attention,
+        )
+        return self.wo(o_BTNH.reshape(*o_BTNH.shape[:2], -1))
+
+    def absorbed(
+        self, x_BTD: jax.Array, cache: LatentCache, cos_sin: rope.CosSin, visible_TS: jax.Array
+    ) -> jax.Array:
+        """Attends in the latent space: MQA with one key of width L + R, whose value is its latent.
+
+        Args:
+          x_BTD: the new tokens; `cos_sin` are their rotations.
+          cache: S tokens, the new ones included.
+          visible_TS: bool, which cached tokens each new token attends to.
+        """
+        c, dtype = self.config, self.runtime.compute_dtype
+        wkv_b = self.wkv_b.kernel[...].astype(dtype)
+        wkv_b = wkv_b.reshape(c.kv_latent_dim, c.num_heads, c.qk_nope_head_dim + c.v_head_dim)
+        w_uk_LNP, w_uv_LNH = jnp.split(wkv_b, [c.qk_nope_head_dim], axis=-1)
+
+        def dot32(subscripts, *operands):
+            return jnp.einsum(subscripts, *operands, preferred_element_type=jnp.float32)
+
+        q_nope_BTNP, q_rope_BTNR = self.queries(x_BTD, cos_sin)
+        q_latent_BTNL = dot32("BTNP,LNP->BTNL", q_nope_BTNP, w_uk_LNP).astype(dtype)
+        scores_BNTS = dot32("BTNL,BSL->BNTS", q_latent_BTNL, cache.latent_BSL)
+        scores_BNTS += dot32("BTNR,BSR->BNTS", q_rope_BTNR, cache.k_rope_BSR)
+        # sigma is that of the naive width P + R, never of L + R (spec §2).
+        scores_BNTS = jnp.where(visible_TS, scores_BNTS * rope.softmax_scale(c), -jnp.inf)
+        p_BNTS = jax.nn.softmax(scores_BNTS, axis=-1).astype(dtype)
+        o_latent_BNTL = dot32("BNTS,BSL->BNTL", p_BNTS, cache.latent_BSL).astype(dtype)
+        o_BTNH = dot32("BNTL,LNH->BTNH", o_latent_BNTL, w_uv_LNH).astype(dtype)
+        return self.wo(o_BTNH.reshape(*o_BTNH.shape[:2], -1))

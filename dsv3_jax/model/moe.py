@@ -1,0 +1,123 @@
+"""DeepSeekMoE (spec §3): a shared expert that sees every token, and routed experts.
+
+Shape letters: `shapes.md`. `w13` holds the gate (W1) columns first, then the up (W3) columns.
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+
+from dsv3_jax.config import ModelConfig
+from dsv3_jax.model.layers import Linear, parameter
+from dsv3_jax.model.router import Router, RouterStats
+from dsv3_jax.model.runtime import Runtime
+from dsv3_jax.parallel.expert_parallel import apply_experts
+from dsv3_jax.parallel.grouped_matmul import best_implementation, grouped_matmul
+from dsv3_jax.parallel.permute import collect, sort_pairs, spread
+
+
+def gated_silu(h_2F: jax.Array, weight_1: jax.Array | None = None) -> jax.Array:
+    """silu(gate) * up [* weight], float32 inside: [..., 2F] -> [..., F] in h's dtype (spec §1)."""
+    gate_F, up_F = jnp.split(h_2F.astype(jnp.float32), 2, axis=-1)
+    product_F = jax.nn.silu(gate_F) * up_F
+    if weight_1 is not None:
+        product_F = product_F * weight_1
+    return product_F.astype(h_2F.dtype)
+
+
+class FeedForward(nnx.Module):
+    """W2 (silu(W1 x) * W3 x): dense blocks and the shared expert. [..., D] -> [..., D]."""
+
+    def __init__(self, rngs: nnx.Rngs, width: int, ffn_width: int, std: float, runtime: Runtime):
+        self.w13 = Linear(rngs, width, 2 * ffn_width, ("embed", "ffn"), std, runtime)
+        self.w2 = Linear(rngs, ffn_width, width, ("ffn", "embed"), std, runtime)
+
+    def __call__(self, x_D: jax.Array) -> jax.Array:
+        h_2F = checkpoint_name(self.w13(x_D), "w13_out")
+        return self.w2(gated_silu(h_2F))
+
+
+class Experts(nnx.Module):
+    """The weights of the E routed experts."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        num_experts, width, ffn = config.num_experts, config.width, config.expert_ffn_width
+        axes_in = ("expert", "expert_embed", "expert_ffn")
+        axes_out = ("expert", "expert_ffn", "expert_embed")
+        self.w13 = parameter(rngs, (num_experts, width, 2 * ffn), axes_in, config.init_std)
+        self.w2 = parameter(rngs, (num_experts, ffn, width), axes_out, config.init_std)
+
+
+def routed_ffn(
+    x_XD: jax.Array,
+    ids_XK: jax.Array,
+    weights_XK: jax.Array,
+    w13_ED2F: jax.Array,
+    w2_EFD: jax.Array,
+    *,
+    runtime: Runtime,
+) -> jax.Array:
+    """sum_k weight_k FFN_k(x) over the experts given (spec §3, step 6): [X, D] -> [X, D].
+
+    The weight multiplies the SwiGLU product before the down-projection, so every later sum (over a
+    row's experts here, over devices in combine) is plain.
+
+    Args:
+      ids_XK: int32 row of `w13`, different within a row; E for a choice that is not among them.
+      weights_XK: float32.
+    """
+    routes = sort_pairs(ids_XK, w13_ED2F.shape[0])
+    rows, pairs, sizes_E = checkpoint_name(routes, "routing")
+
+    def matmul(x_MI: jax.Array, w_EIO: jax.Array) -> jax.Array:
+        implementation = runtime.grouped_matmul or best_implementation(
+            runtime.platform, *w_EIO.shape[1:], runtime.compute_dtype
+        )
+        return grouped_matmul(
+            x_MI,
+            w_EIO,
+            sizes_E,
+            compute_dtype=runtime.compute_dtype,
+            implementation=implementation,
+        )
+
+    x_MD = checkpoint_name(spread(x_XD, rows), "expert_in")
+    weight_M1 = spread(weights_XK.reshape(-1, 1), pairs)
+    h_M2F = checkpoint_name(matmul(x_MD, w13_ED2F), "w13_out")
+    return collect(matmul(gated_silu(h_M2F, weight_M1), w2_EFD), rows)
+
+
+class MoE(nnx.Module):
+    """y = FFN_shared(u) + sum_k g_k FFN_k(u) (spec §3, step 6). The shared expert has weight 1."""
+
+    def __init__(self, config: ModelConfig, *, runtime: Runtime, rngs: nnx.Rngs):
+        self.router = Router(config, runtime=runtime, rngs=rngs)
+        self.experts = Experts(config, rngs=rngs)
+        if config.num_shared_experts:
+            shared_width = config.num_shared_experts * config.expert_ffn_width
+            self.shared = FeedForward(rngs, config.width, shared_width, config.init_std, runtime)
+        self.config = config
+        self.runtime = runtime
+
+    def __call__(
+        self, u_BTD: jax.Array, token_mask_BT: jax.Array | None = None
+    ) -> tuple[jax.Array, RouterStats]:
+        """u_BTD -> y_BTD in u's dtype and the load of the batch; the mask touches only the load."""
+        ids_BTK, weights_BTK, stats = self.router(u_BTD, token_mask_BT)
+        width, top_k = self.config.width, self.config.experts_per_token
+        y_XD = apply_experts(
+            partial(routed_ffn, runtime=self.runtime),
+            u_BTD.reshape(-1, width),
+            ids_BTK.reshape(-1, top_k),
+            weights_BTK.reshape(-1, top_k),
+            self.experts.w13[...],
+            self.experts.w2[...],
+            runtime=self.runtime,
+        )
+        y_BTD = y_XD.reshape(u_BTD.shape)
+        if self.config.num_shared_experts:
+            y_BTD = y_BTD + self.shared(u_BTD)
+        return y_BTD, stats

@@ -1,0 +1,119 @@
+"""DeepSeek-V3: embedding, dense and MoE blocks, final norm, head, MTP modules (spec §1, §4).
+
+The layers of a kind are stacked and scanned. Shape letters: B batch, T tokens, D width, V
+vocabulary.
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from dsv3_jax.config import ModelConfig
+from dsv3_jax.model import rope
+from dsv3_jax.model.block import Block, remat, shard_batch
+from dsv3_jax.model.generate import generate
+from dsv3_jax.model.layers import Embedding, Linear, RMSNorm
+from dsv3_jax.model.mtp import MTP, run_modules
+from dsv3_jax.model.router import RouterStats
+from dsv3_jax.model.runtime import Runtime
+from dsv3_jax.precision.policy import dot
+
+
+def _stack(make, num: int, rngs: nnx.Rngs):
+    """`num` modules of independent weights as one, each array with a leading layer dim."""
+    return nnx.vmap(make)(rngs.split(num)) if num else None
+
+
+class DeepSeekV3(nnx.Module):
+    """The whole model. Executors take it apart with `nnx.split(model, nnx.Param, RouterBias)`."""
+
+    def __init__(self, config: ModelConfig, *, runtime: Runtime, rngs: nnx.Rngs):
+        c = config
+        self.config, self.runtime = config, runtime
+        block = partial(Block, c, runtime=runtime)
+        self.embed = Embedding(rngs, c.vocab_size, c.width, c.init_std, runtime)
+        self.dense_blocks = _stack(lambda r: block(moe=False, rngs=r), c.num_dense_layers, rngs)
+        self.moe_blocks = _stack(lambda r: block(moe=True, rngs=r), c.num_moe_layers, rngs)
+        self.final_norm = RMSNorm(c.width, c.norm_epsilon)
+        self.head = Linear(rngs, c.width, c.vocab_size, ("embed", "vocab"), c.init_std, runtime)
+        self.mtp = _stack(lambda r: MTP(c, runtime=runtime, rngs=r), c.mtp_depth, rngs)
+
+    def hidden_states(
+        self, tokens_BT: jax.Array, *, segments_BT: jax.Array | None = None, mtp: bool = True
+    ) -> tuple[jax.Array, list[jax.Array], RouterStats | None]:
+        """States ready for the head.
+
+        Args:
+          tokens_BT: int32.
+          segments_BT: int32 documents of packed rows, 0 for padding: attention stays inside a
+            document and positions restart in each. None: one text a row (spec §8).
+          mtp: whether to run the MTP modules.
+
+        Returns:
+          The main model's state, after the final norm; the state of each MTP depth k, after its
+          output norm (position i predicts token i + k + 1; the last k positions mean nothing); the
+          statistics of all MoE layers, main ones first, or None where there is none.
+        """
+        cos_sin = rope.cos_sin(rope.positions(tokens_BT.shape[1], segments_BT), self.config)
+        token_mask_BT = None if segments_BT is None else segments_BT > 0
+        embedding_BTD = shard_batch(self.embed(tokens_BT), self.runtime.mesh)
+        x_BTD, all_stats = embedding_BTD, []
+        for blocks in (self.dense_blocks, self.moe_blocks):
+            if blocks is not None:
+                graphdef, state = nnx.split(blocks)
+
+                def layer(x_BTD, layer_state, graphdef=graphdef):
+                    return nnx.merge(graphdef, layer_state)(
+                        x_BTD,
+                        cos_sin=cos_sin,
+                        segments_BT=segments_BT,
+                        token_mask_BT=token_mask_BT,
+                    )
+
+                layer = remat(layer, self.runtime.remat, in_scan=True)
+                x_BTD, stats = jax.lax.scan(layer, x_BTD, state)
+                all_stats.append(stats)
+        main_BTD = self.final_norm(x_BTD)
+        mtp_hidden = []
+        if mtp and self.mtp is not None:
+            mtp_hidden, stats = run_modules(
+                self.mtp,
+                main_BTD if self.config.mtp_hidden == "post_norm" else x_BTD,
+                embedding_BTD,
+                config=self.config,
+                policy=self.runtime.remat,
+                cos_sin=cos_sin,
+                segments_BT=segments_BT,
+            )
+            all_stats.append(stats)
+        all_stats = [stats for stats in all_stats if stats is not None]
+        if not all_stats:
+            return main_BTD, mtp_hidden, None
+        return main_BTD, mtp_hidden, jax.tree.map(lambda *s: jnp.concatenate(s), *all_stats)
+
+    def logits(self, hidden: jax.Array) -> jax.Array:
+        """float32 [..., V] from [..., D]; a bf16 product is not rounded to bf16."""
+        return dot(hidden, self.head.kernel[...], self.runtime.compute_dtype, jnp.float32)
+
+    def __call__(self, tokens_BT: jax.Array) -> jax.Array:
+        """float32 logits [B, T, V] of the main model: position i predicts token i + 1."""
+        return _logits(*nnx.split(self), tokens_BT)
+
+    def generate(
+        self,
+        tokens_BT: jax.Array,
+        max_new_tokens: int = 64,
+        temperature: float = 0.0,
+        seed: int = 0,
+        speculative: bool = False,
+    ) -> jax.Array:
+        """Continues each row by `max_new_tokens` tokens; see `generate.generate`."""
+        return generate(self, tokens_BT, max_new_tokens, temperature, seed, speculative)
+
+
+@partial(jax.jit, static_argnums=0)
+def _logits(graphdef, state, tokens_BT):
+    model = nnx.merge(graphdef, state)
+    return model.logits(model.hidden_states(tokens_BT, mtp=False)[0])

@@ -1,0 +1,156 @@
+"""Expert parallelism (spec §7): dispatch tokens to the owners of their experts, and combine.
+
+Dispatch sends a token once to each destination, with its expert choices and weights; the owner
+weights and sums the outputs of its own experts; combine is the plain sum of those over
+destinations. Each is the transpose, hence the derivative, of the other. No token is dropped.
+
+A back end is a sequence of hops over the `expert` axis, each an object with `plan`, `send` and
+`collect`:
+
+  padded        one padded all-to-all (`dispatch_padded.py`)
+  ragged        one ragged all-to-all (`dispatch_ragged.py`)
+  hierarchical  a padded hop between nodes, to the device with the sender's own place in its node,
+                then one between the devices of that node: a token crosses to a node once
+
+Letters: X own tokens, R received rows, K choices, E experts, D width.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import PartitionSpec
+
+from dsv3_jax.model.runtime import Runtime
+from dsv3_jax.parallel.dispatch_padded import PaddedHop
+from dsv3_jax.parallel.dispatch_ragged import RaggedHop
+from dsv3_jax.parallel.mesh import BATCH_AXES
+
+AXIS = "expert"
+Hop = PaddedHop | RaggedHop
+# (rows_RD, ids_RK, weights_RK, *weights of the experts here) -> y_RD
+ExpertFunction = Callable[..., jax.Array]
+
+
+class Dispatched(NamedTuple):
+    """The rows that a device received, and what combine needs to return them."""
+
+    rows_RD: jax.Array
+    ids_RK: jax.Array  # int32 expert, counted from this device's first; their number: not here
+    weights_RK: jax.Array  # float32
+    plans: tuple  # one a hop
+
+
+def make_hops(runtime: Runtime) -> tuple[Hop, ...]:
+    """The hops of `runtime.dispatch`; none where every device holds all experts."""
+    size = 1 if runtime.mesh is None else runtime.mesh.shape[AXIS]
+    per_node = runtime.devices_per_node
+    if size == 1:
+        return ()
+    if runtime.dispatch == "ragged":
+        return (RaggedHop(AXIS, size, runtime.platform),)
+    if runtime.dispatch == "padded" or size <= per_node:
+        return (PaddedHop(AXIS, size),)
+    num_nodes = size // per_node
+    nodes = [range(i * per_node, (i + 1) * per_node) for i in range(num_nodes)]
+    same_place = tuple(zip(*nodes, strict=True))
+    return (
+        PaddedHop(AXIS, num_nodes, same_place),
+        PaddedHop(AXIS, per_node, tuple(map(tuple, nodes))),
+    )
+
+
+def dispatch(
+    x_XD: jax.Array,
+    ids_XK: jax.Array,
+    weights_XK: jax.Array,
+    *,
+    num_experts: int,
+    hops: Sequence[Hop],
+) -> Dispatched:
+    """Sends every token to the owners of its experts. Call inside `shard_map`.
+
+    Position p of S owns experts p E / S .. (p + 1) E / S - 1.
+
+    Args:
+      ids_XK: int32 experts, different within a row; `num_experts`: none.
+      weights_XK: float32.
+      num_experts: E, of the whole `expert` axis.
+    """
+    rows_RD, ids_RK, weights_RK, plans = x_XD, ids_XK, weights_XK, []
+    for hop in hops:
+        owned = num_experts // hop.num_positions
+        plan = checkpoint_name(hop.plan(ids_RK // owned), "routing")
+        # The choices travel as float32 beside the weights; 0 marks rows that nobody sent.
+        table_R2K = jnp.concatenate([(ids_RK + 1).astype(jnp.float32), weights_RK], axis=-1)
+        rows_RD, table_R2K = hop.send(rows_RD, plan), hop.send(table_R2K, plan)
+        ids_RK, weights_RK = jnp.split(checkpoint_name(table_R2K, "routing"), 2, axis=-1)
+        ids_RK = ids_RK.astype(jnp.int32) - 1 - hop.position() * owned
+        ids_RK = jnp.where((ids_RK >= 0) & (ids_RK < owned), ids_RK, owned)
+        num_experts = owned
+        plans.append(plan)
+    return Dispatched(rows_RD, ids_RK, weights_RK, tuple(plans))
+
+
+def combine(y_RD: jax.Array, plans: tuple, *, hops: Sequence[Hop]) -> jax.Array:
+    """Returns the experts' outputs to the tokens' owners and adds them up: [R, D] -> [X, D]."""
+    for hop, plan in zip(reversed(hops), reversed(plans), strict=True):
+        y_RD = hop.collect(y_RD, plan)
+    return y_RD
+
+
+def apply_experts_on_shard(
+    function: ExpertFunction,
+    x_XD: jax.Array,
+    ids_XK: jax.Array,
+    weights_XK: jax.Array,
+    *parameters: jax.Array,
+    num_experts: int,
+    hops: Sequence[Hop],
+) -> jax.Array:
+    """What one device does: dispatch, its own experts, combine. Call inside `shard_map`.
+
+    Args:
+      parameters: this device's shard of the expert weights, experts first.
+    """
+    received = dispatch(x_XD, ids_XK, weights_XK, num_experts=num_experts, hops=hops)
+    y_RD = function(received.rows_RD, received.ids_RK, received.weights_RK, *parameters)
+    return combine(y_RD, received.plans, hops=hops)
+
+
+def apply_experts(
+    function: ExpertFunction,
+    x_XD: jax.Array,
+    ids_XK: jax.Array,
+    weights_XK: jax.Array,
+    *parameters: jax.Array,
+    runtime: Runtime,
+) -> jax.Array:
+    """sum_k weight_k expert_k(x) for all tokens of the mesh: global [X, D] -> [X, D].
+
+    Args:
+      function: the maths of the experts whose weights it is given; see `ExpertFunction`.
+      ids_XK: int32 experts, different within a row.
+      weights_XK: float32.
+      parameters: expert weights, experts first.
+    """
+    if runtime.mesh is None:
+        return function(x_XD, ids_XK, weights_XK, *parameters)
+    num_experts, num_tokens = parameters[0].shape[0], x_XD.shape[0]
+    shards = runtime.mesh.shape["data"] * runtime.mesh.shape[AXIS]
+    if num_tokens % shards:  # a small batch, at inference: rows that go to no expert
+        missing = ((0, -num_tokens % shards), (0, 0))
+        x_XD, weights_XK = jnp.pad(x_XD, missing), jnp.pad(weights_XK, missing)
+        ids_XK = jnp.pad(ids_XK, missing, constant_values=num_experts)
+    rows, experts = PartitionSpec(BATCH_AXES), PartitionSpec(AXIS)
+    y_XD = jax.shard_map(
+        partial(apply_experts_on_shard, function, num_experts=num_experts, hops=make_hops(runtime)),
+        mesh=runtime.mesh,
+        in_specs=(rows, rows, rows, *(experts for _ in parameters)),
+        out_specs=rows,
+        check_vma=False,
+    )(x_XD, ids_XK, weights_XK, *parameters)
+    return y_XD[:num_tokens]

@@ -1,0 +1,80 @@
+"""Moving rows: sort by destination, gather, and gather back. No scatter-add in any derivative.
+
+A `Routes` says which source row fills each slot and, the same map read backwards, which slots a
+source row went to. `spread` gathers by the first and `collect` sums by the second; each is the
+other's transpose, so each is the other's derivative, and both are gathers.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+
+class Routes(NamedTuple):
+    """A map from X source rows to M slots, at most K slots a row; out of range means none."""
+
+    row_M: jax.Array  # int32, the source row of each slot; >= X: the slot stays empty (zeros)
+    slot_XK: jax.Array  # int32, the slots of each source row; M: none
+
+
+def transposed_pair(forward: Callable, backward: Callable) -> tuple[Callable, Callable]:
+    """Makes two functions of (x, routing), each the transpose of the other in x, differentiable.
+
+    `routing` is a pytree of integers and has no derivative.
+    """
+
+    def with_derivative(function, transpose):
+        wrapped = jax.custom_vjp(function)
+        wrapped.defvjp(
+            lambda x, routing: (function(x, routing), routing),
+            lambda routing, dy: (transpose(dy, routing), None),
+        )
+        return wrapped
+
+    return with_derivative(forward, backward), with_derivative(backward, forward)
+
+
+def _spread(x_XD: jax.Array, routes: Routes) -> jax.Array:
+    """x_XD -> [M, D]: the source row of each slot, zeros in an empty one."""
+    return x_XD.at[routes.row_M].get(mode="fill", fill_value=0)
+
+
+def _collect(y_MD: jax.Array, routes: Routes) -> jax.Array:
+    """y_MD -> [X, D]: the sum of each source row's slots, added in float32."""
+    # K gathers and adds, which fuse into one pass, instead of a [X, K, D] array and its reduction.
+    total_XD = jnp.zeros((routes.slot_XK.shape[0], *y_MD.shape[1:]), jnp.float32)
+    for slot_X in routes.slot_XK.T:
+        total_XD += y_MD.at[slot_X].get(mode="fill", fill_value=0)
+    return total_XD.astype(y_MD.dtype)
+
+
+spread, collect = transposed_pair(_spread, _collect)
+
+
+def sort_pairs(ids_XK: jax.Array, num_groups: int) -> tuple[Routes, Routes, jax.Array]:
+    """Gives every (row, choice) pair a slot, sorted by the group it goes to; ties keep their order.
+
+    Args:
+      ids_XK: int32 group of each pair, e.g. an expert or a device; `num_groups` for a pair that
+        goes nowhere. The groups of one row differ, which bounds the slots by X min(K, groups).
+      num_groups: G.
+
+    Returns:
+      The routes of rows, the routes of pairs (row-major, one slot each), and sizes_G, int32.
+    """
+    num_rows, top_k = ids_XK.shape
+    num_pairs, num_slots = num_rows * top_k, num_rows * min(top_k, num_groups)
+    group_of_pair = ids_XK.reshape(-1)
+    sizes_G = jnp.sum(group_of_pair[:, None] == jnp.arange(num_groups), axis=0, dtype=jnp.int32)
+    total = sizes_G.sum()
+    pair_of_position = jnp.argsort(group_of_pair, stable=True).astype(jnp.int32)
+    positions = jnp.arange(num_pairs, dtype=jnp.int32)
+    position_of_pair = (
+        jnp.zeros_like(positions).at[pair_of_position].set(positions, unique_indices=True)
+    )
+    slot_of_pair = jnp.where(position_of_pair < total, position_of_pair, num_slots)
+    pair_M = jnp.where(positions < total, pair_of_position, num_pairs)[:num_slots]
+    rows = Routes(pair_M // top_k, slot_of_pair.reshape(num_rows, top_k))
+    return rows, Routes(pair_M, slot_of_pair[:, None]), sizes_G

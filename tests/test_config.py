@@ -1,0 +1,215 @@
+"""Configs: presets, overrides, what is rejected, and the JSON round trip."""
+
+import dataclasses
+import json
+import random
+
+import pytest
+
+from dsv3_jax import configs
+from dsv3_jax.config import Config, SourceConfig
+from dsv3_jax.errors import UserError
+from dsv3_jax.overrides import _keys, from_dict, load_config, to_dict
+from dsv3_jax.validate import _INTERVALS, CHOICES, validate
+
+
+def one_line(error: pytest.ExceptionInfo) -> str:
+    text = str(error.value)
+    assert "\n" not in text and 10 < len(text) < 900
+    return text
+
+
+@pytest.mark.parametrize("name", configs.CONFIGS)
+def test_every_preset_validates_and_survives_json(name):
+    config = load_config(name)
+    assert config.run.name == name
+    assert from_dict(json.loads(json.dumps(to_dict(config)))) == config
+
+
+@pytest.mark.parametrize(
+    ("override", "value"),
+    [
+        ("optim.peak_lr=1e-4", 1e-4),
+        ("optim.peak_lr=1", 1.0),
+        ("optim.total_tokens=1e9", 1e9),
+        ("optim.total_tokens=none", None),
+        ("run.num_steps=1_000", 1000),
+        ("run.num_steps=2e3", 2000),
+        ("model.q_latent_dim=none", None),
+        ("model.q_latent_dim=48", 48),
+        ("model.yarn.enabled=True", True),
+        ("model.yarn.factor=8", 8.0),
+        ("data.deduplicate=false", False),
+        ("data.tokenizer=/a=b/tokenizer.json", "/a=b/tokenizer.json"),
+        ("balance.method=none", "none"),
+        ("data.sources=python", (SourceConfig(),)),
+        ("data.sources=python:packages", (SourceConfig(path="packages"),)),
+        (
+            "data.sources=jsonl:/p/a.jsonl#body*0.7,text:/p/b/*.txt*0.3,parquet:/p/*",
+            (
+                SourceConfig(kind="jsonl", path="/p/a.jsonl", text_key="body", weight=0.7),
+                SourceConfig(kind="text", path="/p/b/*.txt", weight=0.3),
+                SourceConfig(kind="parquet", path="/p/*"),
+            ),
+        ),
+    ],
+)
+def test_overrides_are_read_as_the_type_of_their_field(override, value):
+    config = load_config("tiny", [override])
+    found = config
+    for part in override.partition("=")[0].split("."):
+        found = getattr(found, part)
+    assert found == value and type(found) is type(value)
+    assert from_dict(to_dict(config)) == config
+
+
+def test_overrides_apply_in_order_and_leave_the_rest():
+    config = load_config("tiny", ["run.seed=1", "optim.beta1=0.8", "run.seed=2"])
+    tiny = configs.get("tiny")
+    assert config == dataclasses.replace(
+        tiny,
+        run=dataclasses.replace(tiny.run, seed=2),
+        optim=dataclasses.replace(tiny.optim, beta1=0.8),
+    )
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("optim.peak_lrr=1", ["optim.peak_lrr", "did you mean 'optim.peak_lr'", "optim.beta1"]),
+        ("optm.peak_lr=1", ["did you mean 'optim.peak_lr'", "optim.*"]),
+        ("model.sequence_length=64", ["did you mean 'data.sequence_length'"]),
+        ("peak_lr=1e-3", ["did you mean 'optim.peak_lr'"]),
+        ("model.yarn=true", ["group", "model.yarn.enabled"]),
+        ("optim=1", ["group", "optim.peak_lr"]),
+        ("model.yarn.facto=3", ["did you mean 'model.yarn.factor'"]),
+        ("optim.peak_lr.x=3", ["unknown"]),
+        ("optim.peak_lr", ["KEY=VALUE"]),
+        ("=3", ["unknown"]),
+        ("", ["KEY=VALUE"]),
+        ("model.width=wide", ["model.width", "'wide'", "an integer"]),
+        ("model.width=1.5", ["'1.5'", "an integer"]),
+        ("model.width=1e400", ["an integer"]),
+        ("model.width=none", ["an integer"]),
+        ("model.width=", ["an integer"]),
+        ("model.width=1e12", ["out of range"]),
+        ("model.q_latent_dim=x", ["an integer or none"]),
+        ("optim.peak_lr=fast", ["a number"]),
+        ("data.deduplicate=yes", ["true or false"]),
+        ("optim.peak_lr=-1e-3", ["optim.peak_lr=-0.001", "(0, inf)"]),
+        ("optim.peak_lr=nan", ["out of range"]),
+        ("optim.peak_lr=inf", ["out of range"]),
+        ("optim.beta2=1", ["[0, 1)"]),
+        ("data.fim_rate=1.1", ["[0, 1]"]),
+        ("run.num_steps=0", ["run.num_steps=0"]),
+        ("run.num_steps=none", ["optim.total_tokens", "run.num_steps"]),
+        ("model.affinity=sigmoyd", ["did you mean 'sigmoid'", "softmax"]),
+        ("parallel.expert=3", ["model.num_experts", "parallel.expert=3"]),
+        ("parallel.data=5", ["data.sequences_per_step=32", "data.sequences_per_step=40"]),
+        ("parallel.pipe=2", ["parallel.pipe"]),
+        (
+            "data.sequences_per_step=20",
+            ["data.sequences_per_step=20", "parallel.data*parallel.expert=8"],
+        ),
+        ("data.microbatch_sequences=24", ["data.sequences_per_step=32"]),
+        ("data.sequences_per_step_start=64", ["exceeds"]),
+        ("model.experts_per_token=5", ["4 experts", "num_groups_kept"]),
+        ("model.num_groups=3", ["model.num_experts=8"]),
+        ("model.num_groups=8", ["top2_sum", "model.group_score=max"]),
+        ("model.num_groups_kept=5", ["exceeds model.num_groups=4"]),
+        ("model.num_dense_layers=5", ["exceeds model.num_layers=4"]),
+        ("model.qk_rope_head_dim=15", ["multiple of 2"]),
+        ("model.yarn.beta_slow=40", ["beta_fast"]),
+        ("data.sequence_length=1", ["mtp_depth"]),
+        ("data.tokenizer=", ["data.tokenizer"]),
+        ("data.sources=", ["data.sources is empty"]),
+        ("data.sources=jsnl:/a", ["did you mean 'jsonl'", "parquet"]),
+        ("data.sources=jsonl", ["data.sources[0].path is empty"]),
+        ("data.sources=jsonl:/a#", ["text_key"]),
+        ("data.sources=python:other", ["packages"]),
+        ("data.sources=python,jsonl:/a*0", ["data.sources[1].weight=0.0"]),
+        ("data.sources=python*-1", ["data.sources[0].weight=-1.0"]),
+        ("data.sources=python*1e", ["a number"]),
+    ],
+)
+def test_bad_overrides_are_one_line_with_the_remedy(override, words):
+    with pytest.raises(UserError) as error:
+        load_config("tiny", [override])
+    text = one_line(error)
+    assert all(word in text for word in words), text
+
+
+def test_unknown_config_names_the_nearest():
+    with pytest.raises(UserError) as error:
+        load_config("tinny")
+    assert "did you mean 'tiny'" in one_line(error)
+
+
+def test_every_key_rejects_what_its_type_cannot_hold():
+    """Nonsense for every key: no traceback of ours, and only text fields may take it."""
+    for key, annotation in _keys(Config):
+        if annotation is str and key not in CHOICES:
+            continue
+        for text in ("?", "-3", "nan", "1e999"):
+            with pytest.raises(UserError) as error:
+                load_config("tiny", [f"{key}={text}"])
+            assert key in one_line(error)
+
+
+def test_generated_typos_never_escape():
+    rng = random.Random(0)
+    keys = [key for key, _ in _keys(Config)]
+    for _ in range(200):
+        key = list(rng.choice(keys))
+        i = rng.randrange(len(key))
+        key[i : i + 1] = rng.choice(["", "_", "x", ".", key[i] * 2])
+        key = "".join(key)
+        if key not in keys:
+            with pytest.raises(UserError) as error:
+                load_config("tiny", [f"{key}=1"])
+            one_line(error)
+
+
+def test_validate_rejects_wrong_types_in_configs_written_in_python():
+    tiny = configs.get("tiny")
+    for group, name, value in [
+        ("model", "width", "128"),
+        ("model", "width", 128.0),
+        ("model", "width", True),
+        ("model", "yarn", None),
+        ("optim", "peak_lr", False),
+        ("data", "deduplicate", 1),
+        ("data", "sources", [SourceConfig()]),
+        ("data", "sources", (1,)),
+        ("data", "tokenizer", None),
+    ]:
+        section = dataclasses.replace(getattr(tiny, group), **{name: value})
+        with pytest.raises(UserError) as error:
+            validate(dataclasses.replace(tiny, **{group: section}))
+        assert f"{group}.{name}" in one_line(error)
+
+
+def test_tables_name_only_keys_that_exist():
+    keys = {key for key, _ in _keys(Config)} | {"data.sources.kind", "data.sources.weight"}
+    assert set(CHOICES) | set(_INTERVALS) <= keys
+
+
+def test_from_dict_names_missing_and_extra_keys():
+    values = to_dict(configs.get("tiny"))
+    del values["model"]["yarn"]["factor"]
+    values["model"]["yarn"]["faktor"] = 3
+    with pytest.raises(UserError) as error:
+        from_dict(values)
+    assert "missing model.yarn.factor" in one_line(error)
+    assert "unknown model.yarn.faktor" in str(error.value)
+    for damage in (lambda v: v.update(model=3), lambda v: v["data"].update(sources=[3])):
+        values = to_dict(configs.get("tiny"))
+        damage(values)
+        with pytest.raises(UserError) as error:
+            from_dict(values)
+        one_line(error)
+    values = to_dict(configs.get("tiny"))
+    values["data"]["sources"] = 3
+    with pytest.raises(UserError) as error:
+        from_dict(values)
+    assert "data.sources" in one_line(error)
