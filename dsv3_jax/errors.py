@@ -22,14 +22,27 @@ def did_you_mean(word: str, allowed: Iterable[str]) -> str:
 
 
 def run_main(main: Callable[[list[str]], int | None]) -> None:
-    """Runs an absl `main(argv)`, ending with exit code 2 and one line on a `UserError`."""
-    from absl import app
+    """Runs an absl `main(argv)`, ending with exit code 2 and one line on a `UserError`.
+
+    A wrong command-line flag ends in the same way.
+    """
+    from absl import app, flags
+
+    def parsed(argv: list[str]) -> list[str]:
+        try:
+            return flags.FLAGS(argv)
+        except flags.Error as error:
+            sys.exit(_report(error))
 
     def guarded(argv: list[str]) -> int | None:
         try:
             return main(argv)
         except UserError as error:
-            print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
-            return EXIT_USER_ERROR
+            return _report(error)
 
-    app.run(guarded)
+    app.run(guarded, flags_parser=parsed)
+
+
+def _report(error: Exception) -> int:
+    print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+    return EXIT_USER_ERROR

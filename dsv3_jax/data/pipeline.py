@@ -67,7 +67,7 @@ class TokenShards:
     """Random access to the documents of some shards, as integer arrays of token ids."""
 
     def __init__(self, paths: list[Path], dtype: str, remedy: str):
-        self._records, self._dtype, self._remedy = ShardedRecords(paths, remedy), dtype, remedy
+        self._records, self._dtype = ShardedRecords(paths, remedy), dtype
 
     def __len__(self) -> int:
         return len(self._records)

@@ -34,8 +34,8 @@ def inverse_frequencies(config: ModelConfig) -> np.ndarray:
             turns = yarn.original_length / (2 * math.pi * rotations)
             return width * math.log(turns) / (2 * math.log(base))
 
-        low = max(math.floor(pair_of(yarn.beta_fast)), 0)
-        high = min(math.ceil(pair_of(yarn.beta_slow)), width - 1)
+        low = min(max(math.floor(pair_of(yarn.beta_fast)), 0), width - 1)
+        high = min(max(math.ceil(pair_of(yarn.beta_slow)), 0), width - 1)
         span = (high - low) or 0.001
         ramp = np.clip((np.arange(width // 2) - low) / span, 0.0, 1.0)
         frequencies = frequencies * (1.0 - ramp) + frequencies / yarn.factor * ramp

@@ -5,10 +5,12 @@ vocabulary.
 """
 
 from functools import partial
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import Mesh
 
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.model import rope
@@ -39,6 +41,15 @@ class DeepSeekV3(nnx.Module):
         self.final_norm = RMSNorm(c.width, c.norm_epsilon)
         self.head = Linear(rngs, c.width, c.vocab_size, ("embed", "vocab"), c.init_std, runtime)
         self.mtp = _stack(lambda r: MTP(c, runtime=runtime, rngs=r), c.mtp_depth, rngs)
+
+    @classmethod
+    def from_pretrained(
+        cls, path: str | Path, dtype: jnp.dtype = jnp.float32, mesh: Mesh | None = None
+    ) -> "DeepSeekV3":
+        """Loads the newest checkpoint of a run that verifies; see `pretrained.load_model`."""
+        from dsv3_jax.checkpoint.pretrained import load_model  # it builds this class
+
+        return load_model(path, dtype, mesh)
 
     def hidden_states(
         self, tokens_BT: jax.Array, *, segments_BT: jax.Array | None = None, mtp: bool = True

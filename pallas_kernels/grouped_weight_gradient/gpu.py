@@ -14,6 +14,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 ROWS_BLOCK = 64  # rows a pipeline stage: one 128-byte swizzle line of bfloat16
+ROW_TILE = 8  # the copy engine's tiles: the number of rows is a multiple of it
 STAGES = 4
 SMS = 132  # streaming multiprocessors of H100 and H200
 TILES = ((128, 192), (128, 128), (128, 64))  # (I, O) tiles, best first
@@ -38,6 +39,8 @@ def grouped_weight_gradient_hopper(
     """
     if x_MI.dtype != jnp.bfloat16 or dy_MO.dtype != jnp.bfloat16:
         raise NotImplementedError(f"operands are {x_MI.dtype} and {dy_MO.dtype}, not bfloat16")
+    if missing := -x_MI.shape[0] % ROW_TILE:
+        x_MI, dy_MO = (jnp.pad(a, ((0, missing), (0, 0))) for a in (x_MI, dy_MO))
     num_rows, width_in = x_MI.shape
     width_out, num_groups = dy_MO.shape[1], group_sizes_G.shape[0]
     tile_in, tile_out = _tile(width_in, width_out)

@@ -75,6 +75,18 @@ def test_near_duplicates_follow_the_jaccard_similarity(seed):
     assert not duplicates.seen(_document(rng))
 
 
+def test_similar_documents_below_the_threshold_are_kept():
+    """Where the index alone would propose several of them."""
+    rng, similarities = np.random.default_rng(11), []
+    for _ in range(150):
+        duplicates, original = NearDuplicates(), _document(rng)
+        changed = _change_words(original, rng, 0.053)
+        a, b = ({*shingle_hashes(t).tolist()} for t in (original, changed))
+        similarities.append(len(a & b) / len(a | b))
+        assert not duplicates.seen(original) and not duplicates.seen(changed)
+    assert 0.6 < np.mean(similarities) < 0.7
+
+
 def test_near_duplicates_without_blanks():
     rng = np.random.default_rng(3)
     text = "".join(chr(c) for c in rng.integers(0x4E00, 0x9FA5, 2000))

@@ -35,12 +35,14 @@ def test_yarn_frequencies(pair, theta):
     np.testing.assert_allclose(rope.inverse_frequencies(V3_YARN)[pair], theta, rtol=2e-6)
 
 
-def test_yarn_is_a_step_when_its_two_bounds_meet():
-    yarn = YarnConfig(enabled=True, factor=10.0, original_length=8, beta_fast=1.0, beta_slow=1.0)
-    config = dataclasses.replace(V3, qk_rope_head_dim=8, rope_theta=1e9, yarn=yarn)
-    plain = 1e9 ** (-np.arange(4) / 4)
-    factors = rope.inverse_frequencies(config) / plain
-    np.testing.assert_allclose(factors, [1.0, 0.1, 0.1, 0.1], rtol=1e-5)
+@pytest.mark.parametrize(
+    "original_length, factors", [(1, [1.0, 0.1, 0.1, 0.1]), (10**9, [1.0, 1.0, 1.0, 1.0])]
+)
+def test_yarn_is_a_step_when_both_bounds_clamp_to_one_pair(original_length, factors):
+    yarn = YarnConfig(enabled=True, factor=10.0, original_length=original_length)
+    config = dataclasses.replace(V3, qk_rope_head_dim=8, rope_theta=10.0, yarn=yarn)
+    got = rope.inverse_frequencies(config) / 10.0 ** (-np.arange(4) / 4)
+    np.testing.assert_allclose(got, factors, rtol=1e-5)
 
 
 def test_softmax_scale_has_m_squared_only_with_yarn():

@@ -297,12 +297,22 @@ def count_attention_loops(program):
     return sum(any(e.primitive.name == "exp" for e in body) for body in bodies)
 
 
+def count_matmuls(program, *widths):
+    """How often a product of shape [B, T, width] is formed."""
+    shapes = [
+        e.outvars[0].aval.shape for e in equations(program) if e.primitive.name == "dot_general"
+    ]
+    return tuple(shapes.count((B, T, width)) for width in widths)
+
+
 def test_gradients_of_mtp_under_every_recomputation_policy():
     """One test, so that its programs compile once. The loss is the MTP module's alone."""
-    config = dataclasses.replace(CONFIG, num_layers=2, num_dense_layers=0, mtp_depth=1)
+    config = dataclasses.replace(
+        CONFIG, num_layers=2, num_dense_layers=0, mtp_depth=1, kv_latent_dim=14, expert_ffn_width=22
+    )
     tokens = random_tokens(8)
     weights = np.random.default_rng(9).standard_normal((B, T - 1, 32)).astype(np.float32)
-    num_bytes, loops, gradients = {}, {}, {}
+    num_bytes, loops, matmuls, gradients = {}, {}, {}, {}
     for policy in ("none", "paper", "full"):
         model = make_model(config, remat=policy)
         graphdef, params, rest = nnx.split(model, nnx.Param, RouterBias)
@@ -315,12 +325,17 @@ def test_gradients_of_mtp_under_every_recomputation_policy():
         num_bytes[policy] = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(kept))
         traced = jax.jit(jax.grad(loss)).trace(params)
         loops[policy] = count_attention_loops(traced.jaxpr.jaxpr)
+        # The outputs of wkv_a, the shared w13, wq_b and wkv_b.
+        matmuls[policy] = count_matmuls(
+            traced.jaxpr.jaxpr, 14 + 4, 2 * 22, 2 * (8 + 4), 2 * (8 + 6)
+        )
         gradients[policy] = nnx.to_pure_dict(traced.lower().compile()(params))
 
     assert num_bytes["full"] < num_bytes["paper"] < 0.8 * num_bytes["none"], num_bytes
-    # Two programs hold a block, the scan's and the module's: one loop forward, one backward. Only
-    # 'full' runs the attention forward again.
+    # Two programs hold a block, the scan's and the module's. Only 'full' runs the attention forward
+    # and the down-projections again; 'paper' the up-projections (spec §5.5).
     assert loops == {"none": 4, "paper": 4, "full": 6}
+    assert matmuls == {"none": (2, 2, 2, 2), "paper": (2, 2, 4, 4), "full": (4, 4, 4, 4)}
     expected = jax.tree_util.tree_leaves_with_path(gradients["none"])
     for policy in ("paper", "full"):
         got = jax.tree.leaves(gradients[policy])

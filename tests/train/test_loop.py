@@ -39,7 +39,7 @@ def compile_once(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def config(small_config, tmp_path_factory) -> Config:
-    """Data 2 x expert 2, two micro-batches a step growing to four, bfloat16, EMA on."""
+    """Data 2 x expert 2, one micro-batch a step and then two, bfloat16, EMA on."""
     text = Path(json.__file__).parent  # a few source files
     tiny = configs.get("tiny")
     return replace(
@@ -60,7 +60,7 @@ def config(small_config, tmp_path_factory) -> Config:
             sequences_per_step=16,
             sequences_per_step_start=8,
             batch_ramp_fraction=0.3,
-            microbatch_sequences=4,
+            microbatch_sequences=8,
             filter_quality=False,
             deduplicate=False,
             validation_documents=1,
@@ -124,7 +124,9 @@ def test_stopping_and_continuing_changes_no_bit(config, whole_run, tmp_path, mon
     and save intervals, a profile and metrics of steps that were lost: the same numbers."""
     workdir = tmp_path / "run"
     for stop_at in (1, 3):
-        part = replace(config, run=replace(config.run, num_steps=stop_at, eval_interval=100))
+        part = replace(
+            config, run=replace(config.run, num_steps=stop_at, num_samples=0, eval_interval=100)
+        )
         assert train(part, workdir) == 0
         assert contents(workdir)[0] == stop_at
 
@@ -140,7 +142,11 @@ def test_stopping_and_continuing_changes_no_bit(config, whole_run, tmp_path, mon
 
     monkeypatch.setattr(Reporter, "step_done", interrupting)
     before = signal.getsignal(signal.SIGINT)
-    rest = replace(config, checkpoint=replace(config.checkpoint, interval_steps=100))
+    rest = replace(
+        config,
+        run=replace(config.run, num_samples=0),
+        checkpoint=replace(config.checkpoint, interval_steps=100),
+    )
     assert train(rest, workdir) == EXIT_STOPPED
     assert signal.getsignal(signal.SIGINT) is before
     assert contents(workdir)[0] == 5
@@ -172,7 +178,7 @@ def test_starting_over_keeps_the_old_checkpoints(config, whole_run, tmp_path):
     workdir = tmp_path / "run"
     part = replace(
         config,
-        run=replace(config.run, num_steps=2),
+        run=replace(config.run, num_steps=2, num_samples=0),
         checkpoint=replace(config.checkpoint, restore=False),
     )
     assert train(part, workdir) == 0
