@@ -55,15 +55,20 @@ def progress_bar() -> Iterator[Progress]:
         rich_progress.MofNCompleteColumn(),
         rich_progress.TimeRemainingColumn(),
     )
-    with rich_progress.Progress(*columns, console=Console(stderr=True)) as bar:
-        tasks: dict[str, rich_progress.TaskID] = {}
+    bar = rich_progress.Progress(*columns, console=Console(stderr=True))
+    tasks: dict[str, rich_progress.TaskID] = {}
 
-        def report(stage: str, done: int, total: int) -> None:
-            if stage not in tasks:
-                tasks[stage] = bar.add_task(stage)
-            bar.update(tasks[stage], completed=done, total=total)
+    def report(stage: str, done: int, total: int) -> None:
+        bar.start()  # on the first report: nothing is shown when nothing is done
+        if stage not in tasks:
+            tasks[stage] = bar.add_task(stage)
+        bar.update(tasks[stage], completed=done, total=total)
 
+    try:
         yield report
+    finally:
+        if tasks:
+            bar.stop()
 
 
 def evenly_spaced(total: int, count: int) -> np.ndarray:

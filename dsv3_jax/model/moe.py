@@ -105,7 +105,7 @@ class MoE(nnx.Module):
     def __call__(
         self, u_BTD: jax.Array, token_mask_BT: jax.Array | None = None
     ) -> tuple[jax.Array, RouterStats]:
-        """u_BTD -> y_BTD (compute dtype) and the load of the batch; the mask touches only the load."""
+        """u_BTD -> y_BTD in the compute dtype, and the load; the mask touches only the load."""
         ids_BTK, weights_BTK, stats = self.router(u_BTD, token_mask_BT)
         width, top_k = self.config.width, self.config.experts_per_token
         y_XD = apply_experts(

@@ -109,12 +109,12 @@ def load_stats(
 ) -> RouterStats:
     """Expert counts of the batch and the balance losses (spec §3).
 
-    With f_i = E / (K T) * (tokens that choose i) and P_i the mean over tokens of s_i / sum_j s_j,
-    both of one sequence of T unmasked tokens: the sequence-wise loss is sum_i f_i P_i where a
-    token chooses the K best raw affinities, no bias and no group limit. V2's losses use the real
-    choice: sum_i f_i P_i, sum_g mean(f)_g sum(P)_g, and the same with f_g = G / (kept groups * T)
-    * (tokens sent to group g). f is a constant: the gradient flows through P. (V2 defines P by
-    the plain affinity; its softmax already sums to one, and a sigmoid must not learn to shrink.)
+    With f_i = E / (K T) * (tokens that choose i), a constant, over the T unmasked tokens of one
+    sequence, the sequence-wise loss is sum_i f_i P_i: a token chooses the K best raw affinities, no
+    bias and no group limit, and P_i is the mean of s_i / sum_j s_j, through which the gradient
+    flows. V2's losses use the real choice and, as printed, the mean P_i of the affinity itself:
+    sum_i f_i P_i, sum_g mean(f)_g sum(P)_g, and the same with f_g = G / (kept groups * T) *
+    (tokens sent to group g).
     """
     num_experts, num_groups, top_k = config.num_experts, config.num_groups, config.experts_per_token
     if token_mask_BT is None:
@@ -130,7 +130,8 @@ def load_stats(
     raw_ids_BTK = jax.lax.top_k(jax.lax.stop_gradient(scores_BTE), top_k)[1]
     raw_count_BE = checkpoint_name(tokens_with(_membership(raw_ids_BTK, num_experts)), "routing")
     shares_BTE = scores_BTE / scores_BTE.sum(-1, keepdims=True)
-    p_BE = tokens_with(shares_BTE) / tokens_B1
+    share_BE = tokens_with(shares_BTE) / tokens_B1
+    p_BE = tokens_with(scores_BTE) / tokens_B1
 
     def by_group(x_E: jax.Array) -> jax.Array:
         return x_E.reshape(*x_E.shape[:-1], num_groups, num_experts // num_groups)
@@ -142,7 +143,7 @@ def load_stats(
     raw_f_BE = num_experts / (top_k * tokens_B1) * raw_count_BE
     return RouterStats(
         counts_E=count_BE.sum(0),
-        sequence_loss=jnp.sum(raw_f_BE * p_BE, axis=-1).mean(),
+        sequence_loss=jnp.sum(raw_f_BE * share_BE, axis=-1).mean(),
         expert_loss=jnp.sum(f_BE * p_BE, axis=-1).mean(),
         device_loss=jnp.sum(by_group(f_BE).mean(-1) * p_BG, axis=-1).mean(),
         communication_loss=jnp.sum(sent_f_BG * p_BG, axis=-1).mean(),

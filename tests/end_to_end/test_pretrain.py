@@ -43,8 +43,9 @@ def test_a_run_from_the_command_line(tmp_path):
     assert {"run.json", "samples.jsonl", "tensorboard", "tokenizer.json"} <= set(
         os.listdir(workdir)
     )
-    for shown in ("parameters", "FLOP a token", "a device", "expert 2 = 2 cpu devices", "64 tokens",
-                  "compiling", "step 3/4", "ETA", "MaxVio", "validation loss", "sample"):  # fmt: skip
+    told = ("parameters", "FLOP a token", "a device", "expert 2 = 2 cpu devices", "64 tokens",
+            "compiling", "step 3/4", "ETA", "MaxVio", "validation loss", "sample")  # fmt: skip
+    for shown in told:
         assert shown in done.stdout, shown
     figure = subprocess.run(
         [sys.executable, "-m", "tools.plot_run", str(workdir)],

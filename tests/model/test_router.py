@@ -65,12 +65,13 @@ def numpy_losses(scores_BTE, ids_BTK, mask_BT, config):
         raw_TK = np.argsort(-scores_TE, axis=-1, kind="stable")[:, :k]
         raw_f = e / (k * t) * np.bincount(raw_TK.ravel(), minlength=e)
         f = e / (k * t) * np.bincount(ids_TK.ravel(), minlength=e)
-        p = (scores_TE / scores_TE.sum(-1, keepdims=True)).mean(0)
+        share = (scores_TE / scores_TE.sum(-1, keepdims=True)).mean(0)
+        p = scores_TE.mean(0)
         p_group = p.reshape(g, -1).sum(-1)
         sent = [sum(group in row // (e // g) for row in ids_TK) for group in range(g)]
         losses.append(
             [
-                raw_f @ p,
+                raw_f @ share,
                 f @ p,
                 f.reshape(g, -1).mean(-1) @ p_group,
                 g / (kept * t) * np.array(sent) @ p_group,

@@ -77,9 +77,7 @@ def test_model_agrees_with_the_torch_reading(name):
     assert max(differences[name] for name in logits) < 2e-5, differences
 
     losses = ["loss_main", "loss_mtp", "loss_total", "sequence_loss"]
-    # V2 wrote its losses for a softmax, whose affinities sum to one without being normalised.
-    if case.model.affinity == "softmax":
-        losses += ["expert_loss", "device_loss", "communication_loss"]
+    losses += ["expert_loss", "device_loss", "communication_loss"]
     assert max(differences[name] for name in losses) < 2e-5, differences
 
     gradients = [name for name in golden if name.startswith("gradient/")]
