@@ -1,5 +1,7 @@
 """Packing of documents into rows (spec §8): concatenated, then cut, nothing padded or dropped."""
 
+import json
+from collections.abc import Sequence
 from typing import Any
 
 import grain
@@ -63,3 +65,39 @@ class PackIterator(grain.DatasetIterator):
     def set_state(self, state: dict[str, Any]) -> None:
         self._parent.set_state(state["documents"])
         self._before, self._offset, self._document = state["documents"], state["offset"], None
+
+
+class InterleaveDataset(grain.IterDataset):
+    """One row of each endless stream in turn: rows side by side come from different documents."""
+
+    def __init__(self, streams: Sequence[grain.IterDataset]):
+        super().__init__(streams)
+
+    def __iter__(self) -> "InterleaveIterator":
+        return InterleaveIterator([iter(stream) for stream in self._parents])
+
+
+class InterleaveIterator(grain.DatasetIterator):
+    """Its state is the stream to read next and every stream's state, as text: reading ahead keeps
+    a copy for each row."""
+
+    def __init__(self, streams: Sequence[grain.DatasetIterator]):
+        super().__init__(streams)
+        self._next = 0
+        self._states = [json.dumps(stream.get_state()) for stream in streams]
+
+    def __next__(self) -> dict[str, np.ndarray]:
+        stream = self._parents[self._next]
+        row = next(stream)
+        self._states[self._next] = json.dumps(stream.get_state())
+        self._next = (self._next + 1) % len(self._parents)
+        return row
+
+    def get_state(self) -> dict[str, Any]:
+        return {"next": self._next, "streams": list(self._states)}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        assert len(state["streams"]) == len(self._parents), "saved with other streams"
+        self._next, self._states = state["next"], list(state["streams"])
+        for stream, text in zip(self._parents, self._states, strict=True):
+            stream.set_state(json.loads(text))

@@ -24,13 +24,14 @@ from dsv3_jax.config import Config
 from dsv3_jax.data import prepare
 from dsv3_jax.data.fim import fill_in_the_middle
 from dsv3_jax.data.mixture import mix
-from dsv3_jax.data.pack import PackDataset
+from dsv3_jax.data.pack import InterleaveDataset, PackDataset
 from dsv3_jax.data.sources import ShardedRecords, list_files
 from dsv3_jax.data.tokenizer import PunctuationSplits, Tokenizer, load_tokenizer
 from dsv3_jax.errors import UserError
 
 DEFAULT_CACHE = "~/.cache/dsv3_jax"
 _TOKENS_AHEAD = 1 << 20  # packed in the background while a step runs
+_STREAMS = 64  # documents that a process reads side by side
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -216,7 +217,9 @@ def train_dataset(
     """The endless dataset of training rows; `train_iterator` adds reading ahead.
 
     The documents of all processes form one order, from which process p takes every
-    process_count-th. A document's random choices depend on the seed and its place in that order.
+    process_count-th. Those it deals to streams that are packed one by one and take turns: the rows
+    of a batch come from different documents. A document's random choices depend on the seed and
+    its place in the order.
     """
     order_seed, document_seed = np.random.SeedSequence(config.run.seed).generate_state(2)
     documents = mix(
@@ -230,8 +233,16 @@ def train_dataset(
     own = documents[process_index::process_count]
     # The thread that packs also reads: a read is a fraction of the packing.
     options = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
-    return PackDataset(
-        own.to_iter_dataset(options), config.data.sequence_length, config.data.separate_documents
+    data = config.data
+    return InterleaveDataset(
+        [
+            PackDataset(
+                own[i::_STREAMS].to_iter_dataset(options),
+                data.sequence_length,
+                data.separate_documents,
+            )
+            for i in range(_STREAMS)
+        ]
     )
 
 

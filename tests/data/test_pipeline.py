@@ -83,18 +83,21 @@ def _decoded(corpus, split):
 
 
 def _documents(config, corpus, count, **processes):
-    """The texts of the first `count` documents of the training stream."""
-    dataset = train_dataset(config, corpus, **processes)
-    tokenizer, documents, held = corpus.tokenizer, [], []
-    for row in dataset:
+    """The texts of the first `count` documents of the order, which is dealt to the streams."""
+    tokenizer, num_streams = corpus.tokenizer, pipeline._STREAMS
+    held, streams = ([[] for _ in range(num_streams)] for _ in range(2))
+    for i, row in enumerate(train_dataset(config, corpus, **processes)):
+        ids, documents = held[i % num_streams], streams[i % num_streams]
         for token in row["tokens"][:-1].tolist():
-            held.append(token)
+            ids.append(token)
             if token == tokenizer.eos_id:
-                assert held[0] == tokenizer.bos_id  # BOS document EOS
-                documents.append(tokenizer.decode(held[1:-1]))
-                held = []
-                if len(documents) == count:
-                    return documents
+                assert ids[0] == tokenizer.bos_id  # BOS document EOS
+                documents.append(tokenizer.decode(ids[1:-1]))
+                ids.clear()
+        if sum(map(len, streams)) >= count:
+            places = [divmod(n, num_streams) for n in range(count)]
+            if all(turn < len(streams[stream]) for turn, stream in places):
+                return [streams[stream][turn] for turn, stream in places]
     raise AssertionError("the stream ended")
 
 
@@ -137,6 +140,14 @@ def test_processes_share_one_order_without_overlap(one):
         ]
         for i, part in enumerate(parts):
             assert part == everything[i::count]
+
+
+def test_rows_side_by_side_come_from_different_documents(one):
+    config, corpus = one
+    rows = train_iterator(config, corpus).next_rows(pipeline._STREAMS)["tokens"]
+    assert all(rows[:, 0] == corpus.tokenizer.bos_id)
+    texts = [corpus.tokenizer.decode(row[1:]) for row in rows]
+    assert len({text.partition(")")[0] for text in texts}) == len(texts)
 
 
 def test_fim_and_splits_differ_by_epoch_and_keep_the_text(folder):

@@ -25,7 +25,8 @@ SMALL = [
 
 
 def pretrain(*arguments: str, cwd: Path) -> subprocess.CompletedProcess:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "PYTHONPATH": path, "JAX_PLATFORMS": "cpu"}
     environment.pop("XLA_FLAGS", None)  # the experiment itself asks for the devices it needs
     return subprocess.run(
         [sys.executable, "-m", "experiments.pretrain", *arguments],

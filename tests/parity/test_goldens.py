@@ -39,11 +39,7 @@ def run_model(case: cases.Case) -> dict[str, np.ndarray]:
         logits = [model.logits(hidden) for hidden in (main_BTD, *mtp_hidden)]
         return losses.total, (losses, logits, stats)
 
-    # Compiling takes most of this test's time, so it is done in a hurry.
-    options = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
-    with jax.default_matmul_precision("highest"):  # a GPU would take float32 for tf32
-        run = jax.jit(jax.grad(total_loss, has_aux=True), compiler_options=options)
-        grads, (losses, logits, stats) = run(params)
+    grads, (losses, logits, stats) = jax.jit(jax.grad(total_loss, has_aux=True))(params)
     named = {
         "logits": logits[0],
         "loss_main": losses.main,
