@@ -1,6 +1,6 @@
 """Continues prompts from a checkpoint of ours.
 
-    python -m experiments.generate --checkpoint=runs/tiny --prompt='def main():'
+python -m experiments.generate --checkpoint=runs/tiny --prompt='def main():'
 """
 
 from absl import flags

@@ -1,1 +1,1 @@
-"""Pallas kernels, a folder an operation: `reference.py` is the specification, `gpu.py` and `tpu.py` the kernels."""
+"""Pallas kernels, a folder an operation: `reference.py` specifies, `gpu.py` and `tpu.py` run."""

@@ -122,7 +122,5 @@ def grouped_weight_gradient_hopper(
         out_type=jax.ShapeDtypeStruct((num_groups, width_in, width_out), jnp.float32),
         grid=(SMS,),
         grid_names=("sm",),
-        compiler_params=plgpu.CompilerParams(
-            lowering_semantics=plgpu.LoweringSemantics.Warpgroup
-        ),
+        compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
     )(starts_G, ends_G, first_block_G, blocks_G, x_MI, dy_MO)

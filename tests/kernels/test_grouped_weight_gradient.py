@@ -23,7 +23,9 @@ def _operands(num_rows: int, width_in: int, width_out: int):
 def _by_numpy(x_MI, dy_MO):
     x_MI, dy_MO = np.asarray(x_MI, np.float64), np.asarray(dy_MO, np.float64)
     ends = np.cumsum(SIZES)
-    return np.stack([x_MI[e - n : e].T @ dy_MO[e - n : e] for n, e in zip(SIZES, ends, strict=True)])
+    return np.stack(
+        [x_MI[e - n : e].T @ dy_MO[e - n : e] for n, e in zip(SIZES, ends, strict=True)]
+    )
 
 
 def test_reference_equals_a_loop_over_groups():
@@ -45,9 +47,7 @@ def test_kernel_refuses_what_it_cannot_tile():
     with pytest.raises(NotImplementedError, match="96 x 128"):
         grouped_weight_gradient_hopper(x_MI, dy_MO, jnp.asarray(SIZES))
     with pytest.raises(NotImplementedError, match="float32"):
-        grouped_weight_gradient_hopper(
-            x_MI.astype(jnp.float32), dy_MO, jnp.asarray(SIZES)
-        )
+        grouped_weight_gradient_hopper(x_MI.astype(jnp.float32), dy_MO, jnp.asarray(SIZES))
 
 
 @pytest.mark.gpu
