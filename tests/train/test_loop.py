@@ -48,7 +48,7 @@ def config(small_config, tmp_path_factory) -> Config:
             tiny.run, num_steps=STEPS, eval_interval=4, eval_batches=2, log_interval=2,
             num_samples=1, sample_tokens=3,
         ),
-        model=replace(small_config.model, vocab_size=300, num_layers=2),
+        model=replace(small_config.model, vocab_size=300, num_layers=1, num_dense_layers=0),
         parallel=replace(tiny.parallel, data=2, expert=2),
         precision=replace(tiny.precision, remat="none"),
         optim=replace(tiny.optim, total_tokens=16.0 * 16 * STEPS, warmup_steps=3, ema_decay=0.5),
