@@ -53,7 +53,7 @@ def table(results: dict[str, list[dict[str, float]]]) -> str:
     return "\n".join(lines)
 
 
-def main(argv: list[str]) -> None:
+def main(argv: list[str]) -> int:
     if len(argv) > 1:
         raise UserError(f"unexpected argument {argv[1]!r}; overrides are written --set KEY=VALUE")
     if _SEEDS.value < 1:
@@ -75,10 +75,12 @@ def main(argv: list[str]) -> None:
     results: dict[str, list[dict[str, float]]] = {}
     for (variant, seed), config in configs.items():
         folder = root / f"{variant.replace(' ', '_').replace(',', '')}-{seed}"
-        train(config, folder)
+        if stopped := train(config, folder):  # by a signal, after a save
+            return stopped
         results.setdefault(variant, []).append(summarise(folder / "metrics.jsonl"))
     (root / "ablation.json").write_text(json.dumps(results, indent=2) + "\n")
     print(table(results))
+    return 0
 
 
 if __name__ == "__main__":

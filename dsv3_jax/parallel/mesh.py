@@ -4,7 +4,7 @@ import os
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from dsv3_jax.config import ParallelConfig
 from dsv3_jax.errors import UserError
@@ -48,6 +48,12 @@ def make_mesh(parallel: ParallelConfig, devices: list[jax.Device] | None = None)
             f"{needed}; make pipe*data*expert equal {len(devices)}"
         )
     return Mesh(np.array(devices[:needed]).reshape(shape), AXES)
+
+
+def abstract_mesh(parallel: ParallelConfig) -> AbstractMesh:
+    """The mesh without devices, for shapes and traces alone."""
+    shape = (parallel.pipe, parallel.data, parallel.expert)
+    return AbstractMesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def batch_sharding(mesh: Mesh, leading: int = 0) -> NamedSharding:

@@ -3,10 +3,8 @@
 import math
 from dataclasses import dataclass, fields
 
-from jax.sharding import AbstractMesh
-
 from dsv3_jax.config import Config, ModelConfig
-from dsv3_jax.parallel.mesh import AXES
+from dsv3_jax.parallel.mesh import abstract_mesh
 from dsv3_jax.parallel.rules import optimizer_sharding, weight_sharding
 from dsv3_jax.plan.parameters import weights
 from dsv3_jax.train.losses import LOGITS_BUDGET
@@ -70,7 +68,7 @@ def device_memory(config: Config) -> MemoryEstimate:
     a margin.
     """
     parallel = config.parallel
-    mesh = AbstractMesh((parallel.pipe, parallel.data, parallel.expert), AXES)
+    mesh = abstract_mesh(config.parallel)
     moment_bytes = 2 * _ITEMSIZE[config.precision.moments]
     parameters = gradients = moments = 0
     for weight in weights(config.model):

@@ -2,10 +2,9 @@
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AbstractMesh
 
 from dsv3_jax.config import Config
-from dsv3_jax.parallel.mesh import AXES
+from dsv3_jax.parallel.mesh import abstract_mesh
 from dsv3_jax.train.progress import describe
 from dsv3_jax.train.state import abstract_state
 from dsv3_jax.train.step import make_train_step
@@ -17,8 +16,7 @@ def dry_run(config: Config) -> str:
     Returns:
       The description of the run.
     """
-    parallel = config.parallel
-    mesh = AbstractMesh((parallel.pipe, parallel.data, parallel.expert), AXES)
+    mesh = abstract_mesh(config.parallel)
     graphdef, state = abstract_state(config, mesh)
     shardings = jax.tree.map(lambda x: x.sharding, state)
     step = make_train_step(config, graphdef, shardings)

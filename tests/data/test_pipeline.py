@@ -396,6 +396,7 @@ def test_duplicates_across_sources_are_dropped(folder, tmp_path):
     assert "5 kept; left out: 120 near-duplicate" in corpus.reports[1]
 
 
+@pytest.mark.slow
 def test_throughput(one):
     """More than 400k tokens a second, here of very short documents and rows."""
     config, corpus = one

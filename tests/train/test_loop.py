@@ -18,7 +18,7 @@ from dsv3_jax.train.loop import EXIT_STOPPED, train
 from dsv3_jax.train.metrics import read_records
 from dsv3_jax.train.progress import Reporter
 
-STEPS = 6
+STEPS = 7
 KEYS = {
     "step", "tokens", "loss", "loss_hex", "loss_mtp", "loss_balance", "grad_norm", "learning_rate",
     "max_violation", "max_violation_layers", "tokens_per_second",
@@ -107,7 +107,7 @@ def test_what_a_run_leaves_behind(config, whole_run):
     assert run["config"]["model"]["vocab_size"] == 300
     assert run["mesh"] == {"pipe": 1, "data": 2, "expert": 2}
     assert run["versions"]["jax"] == jax.__version__
-    assert steps_in(whole_run / "checkpoints") == [4, 6]
+    assert steps_in(whole_run / "checkpoints") == [6, 7]
     assert contents(whole_run)[2] == tokens
     (sample,) = read_records(whole_run / "samples.jsonl")
     assert sample["prompt"] and set(sample) == {"prompt", "text"}
@@ -120,7 +120,7 @@ def test_what_a_run_leaves_behind(config, whole_run):
 
 
 def test_stopping_and_continuing_changes_no_bit(config, whole_run, tmp_path, monkeypatch, capsys):
-    """Stopped before steps 1 and 3 by their number and before 5 by SIGINT, with other evaluation
+    """Stopped before steps 1 and 3 by their number and before 6 by SIGINT, with other evaluation
     and save intervals, a profile and metrics of steps that were lost: the same numbers."""
     workdir = tmp_path / "run"
     for stop_at in (1, 3):
@@ -132,11 +132,12 @@ def test_stopping_and_continuing_changes_no_bit(config, whole_run, tmp_path, mon
 
     with (workdir / "metrics.jsonl").open("a") as file:  # of steps after the checkpoint
         file.write('{"step": 3, "loss": 0}\n{"step": 4, "lo')
-    (workdir / "PROFILE").touch()
     step_done = Reporter.step_done
 
     def interrupting(self, record, *args):
-        if record["step"] == 3:  # read while step 4 runs
+        if record["step"] == 3:
+            (workdir / "PROFILE").touch()
+        if record["step"] == 4:  # read while step 5 runs
             signal.raise_signal(signal.SIGINT)
         step_done(self, record, *args)
 
@@ -149,7 +150,7 @@ def test_stopping_and_continuing_changes_no_bit(config, whole_run, tmp_path, mon
     )
     assert train(rest, workdir) == EXIT_STOPPED
     assert signal.getsignal(signal.SIGINT) is before
-    assert contents(workdir)[0] == 5
+    assert contents(workdir)[0] == 6
     assert list((workdir / "profile").rglob("*.xplane.pb"))
     monkeypatch.undo()
     assert train(rest, workdir) == 0
