@@ -15,11 +15,11 @@ from dsv3_jax.config import (
 def tiny() -> Config:
     """Every part of V3 (MLA, MoE, loss-free balance, MTP) at laptop size, on 8 emulated devices.
 
-    1.3M parameters, 1.0M tokens of the standard library's source; about 3 minutes on 2 cores.
+    1.3M parameters, 0.8M tokens of the standard library's source; about 3 minutes on 2 cores.
     Command: python -m experiments.pretrain
     """
     return Config(
-        run=RunConfig(name="tiny", num_steps=250, eval_interval=50),
+        run=RunConfig(name="tiny", num_steps=200, eval_interval=50),
         model=ModelConfig(
             vocab_size=1024,
             width=128,
@@ -40,7 +40,7 @@ def tiny() -> Config:
             num_groups_kept=2,
             init_std=0.02,
         ),
-        # 250 steps of 0.001 could move a bias by no more than 0.25: too little to balance in time.
+        # 200 steps of 0.001 could move a bias by no more than 0.2: too little to balance in time.
         balance=BalanceConfig(bias_speed=0.01),
         parallel=ParallelConfig(data=2, expert=4),
         optim=OptimConfig(peak_lr=2e-3, warmup_steps=30),

@@ -14,13 +14,13 @@ BATCH_AXES = ("data", "expert")  # every device holds its own sequences: EP is i
 
 
 def emulate_cpu_devices(parallel: ParallelConfig) -> None:
-    """Asks for as many emulated CPU devices as the mesh needs. Call before JAX's first use.
+    """Asks for this process's share of the emulated CPU devices of the mesh, before JAX starts.
 
     An `--xla_force_host_platform_device_count` the user already set in XLA_FLAGS is kept. The flag
     touches the CPU platform only, so it is harmless where an accelerator is found.
     """
     flags = os.environ.get("XLA_FLAGS", "")
-    needed = parallel.pipe * parallel.data * parallel.expert
+    needed = parallel.pipe * parallel.data * parallel.expert // _processes_by_hand()
     if "xla_force_host_platform_device_count" not in flags and needed <= 64:
         flag = f"--xla_force_host_platform_device_count={needed}"
         os.environ["XLA_FLAGS"] = f"{flags} {flag}".strip()
@@ -62,14 +62,27 @@ def batch_sharding(mesh: Mesh, leading: int = 0) -> NamedSharding:
 
 
 def initialize_processes() -> None:
-    """Joins the other processes of a cluster, when the environment shows one of several processes.
+    """Joins the other processes of a job, when the environment shows one of several.
 
-    Call before JAX's first use. Cluster and addresses are detected by JAX; elsewhere set
+    Call before JAX's first use. JAX itself recognises Slurm, Open MPI and Cloud TPU; elsewhere set
     JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID.
+
+    Raises:
+      UserError: JAX_NUM_PROCESSES is set but the other two are not.
     """
+    if _processes_by_hand() > 1:
+        if missing := {"JAX_COORDINATOR_ADDRESS", "JAX_PROCESS_ID"} - set(os.environ):
+            raise UserError(f"JAX_NUM_PROCESSES is set; set {' and '.join(sorted(missing))} too")
+        jax.distributed.initialize(
+            num_processes=_processes_by_hand(), process_id=int(os.environ["JAX_PROCESS_ID"])
+        )
+        return
     several = any(
-        int(os.environ.get(name) or 1) > 1
-        for name in ("JAX_NUM_PROCESSES", "SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE")
+        int(os.environ.get(name) or 1) > 1 for name in ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE")
     )
     if several or "," in os.environ.get("TPU_WORKER_HOSTNAMES", ""):
         jax.distributed.initialize()
+
+
+def _processes_by_hand() -> int:
+    return int(os.environ.get("JAX_NUM_PROCESSES") or 1)
