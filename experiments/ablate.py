@@ -13,7 +13,7 @@ import json
 import statistics
 from pathlib import Path
 
-from absl import flags, logging
+from absl import flags
 
 from dsv3_jax.errors import UserError, run_main
 
@@ -71,7 +71,6 @@ def main(argv: list[str]) -> int:
     emulate_cpu_devices(next(iter(configs.values())).parallel)
     from dsv3_jax.train.loop import train
 
-    logging.set_verbosity(logging.WARNING)  # Orbax tells every detail of every save
     root = Path(_WORKDIR.value)
     results: dict[str, list[dict[str, float]]] = {}
     for (variant, seed), config in configs.items():

@@ -9,7 +9,7 @@ stopped by a signal after a save; the same command then continues.
 
 from pathlib import Path
 
-from absl import flags, logging
+from absl import flags
 
 from dsv3_jax.errors import UserError, run_main
 
@@ -40,7 +40,6 @@ def main(argv: list[str]) -> int:
     initialize_processes()
     from dsv3_jax.train.loop import train
 
-    logging.set_verbosity(logging.WARNING)  # Orbax tells every detail of every save
     return train(config, workdir)
 
 
