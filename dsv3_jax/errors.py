@@ -26,7 +26,7 @@ def run_main(main: Callable[[list[str]], int | None]) -> None:
 
     A wrong command-line flag ends in the same way.
     """
-    from absl import app, flags
+    from absl import app, flags, logging
 
     def parsed(argv: list[str]) -> list[str]:
         try:
@@ -35,6 +35,8 @@ def run_main(main: Callable[[list[str]], int | None]) -> None:
             sys.exit(_report(error))
 
     def guarded(argv: list[str]) -> int | None:
+        if not flags.FLAGS["verbosity"].present:
+            logging.set_verbosity(logging.WARNING)  # Orbax tells every detail of every save
         try:
             return main(argv)
         except UserError as error:
