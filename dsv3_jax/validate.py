@@ -153,6 +153,11 @@ def _check_model(model: ModelConfig) -> None:
     _check_at_most(
         "model.num_dense_layers", model.num_dense_layers, "model.num_layers", model.num_layers
     )
+    if model.num_dense_layers == model.num_layers and not model.mtp_depth:
+        raise UserError(
+            f"model.num_dense_layers={model.num_dense_layers} leaves no MoE layer; "
+            f"lower it or raise model.num_layers"
+        )
     _check_divides("model.qk_rope_head_dim", model.qk_rope_head_dim, "2", 2)
     _check_divides("model.num_experts", model.num_experts, "model.num_groups", model.num_groups)
     _check_at_most(

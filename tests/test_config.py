@@ -139,6 +139,12 @@ def test_bad_overrides_are_one_line_with_the_remedy(override, words):
     assert all(word in text for word in words), text
 
 
+def test_a_model_without_experts_is_refused():
+    with pytest.raises(UserError) as error:
+        load_config("tiny", ["model.num_dense_layers=4", "model.mtp_depth=0"])
+    assert "leaves no MoE layer" in one_line(error)
+
+
 def test_unknown_config_names_the_nearest():
     with pytest.raises(UserError) as error:
         load_config("tinny")

@@ -165,27 +165,15 @@ def model_losses(
     Returns:
       The losses, and counts_E of every MoE layer, stacked: tokens routed to each expert.
     """
-    tokens_BT1, segments_BT1 = batch["tokens"], batch.get("segments")
-    inputs_BT = tokens_BT1[:, :-1]
-    segments_BT = None if segments_BT1 is None else segments_BT1[:, :-1]
-    main_BTD, mtp_hidden, stats = model.hidden_states(inputs_BT, segments_BT=segments_BT)
-
-    def summed(hidden_BTD, depth):
-        targets_BT, weights_BT = targets_and_weights(tokens_BT1, segments_BT1, depth)
-        loss = cross_entropy(
-            hidden_BTD,
-            model.head.kernel[...],
-            targets_BT,
-            weights_BT,
-            compute_dtype=model.runtime.compute_dtype,
-            mesh=model.runtime.mesh,
-        )
-        return loss, weights_BT
-
-    main, weights_BT = summed(main_BTD, 0)
-    divisor = jnp.maximum(jnp.sum(weights_BT), 1.0)
-    main = main / divisor
-    depths = [summed(hidden, k)[0] / divisor for k, hidden in enumerate(mtp_hidden, start=1)]
+    main_BTD, mtp_hidden, stats = model.hidden_states(
+        batch["tokens"][:, :-1], segments_BT=_input_segments(batch)
+    )
+    main, count = _summed_loss(model, main_BTD, batch, 0)
+    main = main / count
+    depths = [
+        _summed_loss(model, hidden_BTD, batch, depth)[0] / count
+        for depth, hidden_BTD in enumerate(mtp_hidden, start=1)
+    ]
     mtp = sum(depths) / len(depths) if depths else jnp.zeros((), jnp.float32)
     balance_sum = balance_loss(stats, balance)
     total = main + mtp_weight * mtp + balance_sum
@@ -194,10 +182,22 @@ def model_losses(
 
 def evaluation_loss(model, batch: dict[str, jax.Array]) -> jax.Array:
     """Mean next-token cross-entropy of the main model on one batch, nats; nothing is updated."""
-    tokens_BT1, segments_BT1 = batch["tokens"], batch.get("segments")
-    targets_BT, weights_BT = targets_and_weights(tokens_BT1, segments_BT1, 0)
-    segments_BT = None if segments_BT1 is None else segments_BT1[:, :-1]
-    hidden_BTD, _, _ = model.hidden_states(tokens_BT1[:, :-1], segments_BT=segments_BT, mtp=False)
+    hidden_BTD, _, _ = model.hidden_states(
+        batch["tokens"][:, :-1], segments_BT=_input_segments(batch), mtp=False
+    )
+    loss, count = _summed_loss(model, hidden_BTD, batch, 0)
+    return loss / count
+
+
+def _input_segments(batch):
+    """Documents of the T tokens that the model reads, or None."""
+    segments_BT1 = batch.get("segments")
+    return None if segments_BT1 is None else segments_BT1[:, :-1]
+
+
+def _summed_loss(model, hidden_BTD, batch, depth):
+    """Sum over the positions that have a target at a depth, and their number (at least 1)."""
+    targets_BT, weights_BT = targets_and_weights(batch["tokens"], batch.get("segments"), depth)
     loss = cross_entropy(
         hidden_BTD,
         model.head.kernel[...],
@@ -206,4 +206,4 @@ def evaluation_loss(model, batch: dict[str, jax.Array]) -> jax.Array:
         compute_dtype=model.runtime.compute_dtype,
         mesh=model.runtime.mesh,
     )
-    return loss / jnp.maximum(jnp.sum(weights_BT), 1.0)
+    return loss, jnp.maximum(jnp.sum(weights_BT), 1.0)
