@@ -1,5 +1,6 @@
 """The training loop, top to bottom: corpus, workdir, state, steps, samples."""
 
+import hashlib
 import json
 import time
 from pathlib import Path
@@ -54,7 +55,11 @@ def train(config: Config, workdir: Path) -> int:
     reporter.say(describe(config, mesh.devices.flat[0].device_kind))
     reporter.say(f"{'corpus':<12} {corpus}")
 
-    manager = CheckpointManager(workdir / CHECKPOINTS, keep=config.checkpoint.keep)
+    manager = CheckpointManager(
+        workdir / CHECKPOINTS,
+        keep=config.checkpoint.keep,
+        config_digest=hashlib.sha256(json.dumps(to_dict(config)).encode()).hexdigest(),
+    )
     graphdef, state, ema, tokens = _restore_or_init(config, mesh, manager, rows)
     train_step = make_train_step(config, graphdef, jax.tree.map(lambda x: x.sharding, state))
     eval_step = make_eval_step(graphdef)
