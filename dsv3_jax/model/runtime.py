@@ -20,7 +20,7 @@ class Runtime:
     compute_dtype: jnp.dtype = jnp.dtype(jnp.float32)  # matmul operands and activations
     remat: str = "none"  # 'none', 'paper' (spec §5.5), 'full'
     attention: str | None = None  # None: the best that accepts the shapes; 'blockwise', 'cudnn'
-    grouped_matmul: str | None = None  # None: by platform; 'ragged', 'mosaic_gpu', 'padded'
+    grouped_matmul: str | None = None  # None: by platform; see `parallel/grouped_matmul.py`
     dispatch: str = "padded"  # 'padded', 'ragged', 'hierarchical'
     devices_per_node: int = 8  # hierarchical dispatch: `expert` positions that share a node
 
