@@ -30,7 +30,7 @@ def product(x_MI, w_GIO, sizes_G, *, transposed):
         w_GIO,
         group_sizes=sizes_G,
         block_m=_ROWS,
-        # Wide tiles reuse more of what they load: 522 TFLOP/s against 488 on an H200 at 1024 x 768.
+        # Wide tiles reuse more of what they load.
         block_n=192 if d_out >= 192 else 128,
         block_k=_DEPTH,
         max_concurrent_steps=_STAGES,
