@@ -21,6 +21,13 @@ def did_you_mean(word: str, allowed: Iterable[str]) -> str:
     return f" did you mean '{close[0]}'?" if close else ""
 
 
+def some(names: Iterable[str]) -> str:
+    """The first few names of a list that may be long: `a, b, c and 7 more`."""
+    names = list(names)
+    shown = ", ".join(names[:3])
+    return shown if len(names) <= 3 else f"{shown} and {len(names) - 3:,} more"
+
+
 def run_main(main: Callable[[list[str]], int | None]) -> None:
     """Runs an absl `main(argv)`, ending with exit code 2 and one line on a `UserError`.
 

@@ -93,6 +93,17 @@ def validate(config: Config) -> None:
     _ = config.total_tokens  # raises when the length of the run is not given
 
 
+def validate_model(model: ModelConfig) -> None:
+    """Checks an architecture alone, as `validate` does.
+
+    Raises:
+      UserError: names the key, its value, what is allowed and how to mend it.
+    """
+    for key, value, annotation in _leaves(model, "model."):
+        _check_leaf(key, value, annotation)
+    _check_model(model)
+
+
 def _leaves(section: Any, prefix: str) -> Iterator[tuple[str, Any, Any]]:
     """Key, value and annotation of every field, e.g. 'data.sources[0].weight', 0.3, float."""
     hints = get_type_hints(type(section))

@@ -1,15 +1,11 @@
-"""Digests: of files on disk (crc32) and of a state in memory (sha256, independent of the mesh)."""
+"""Digest of a state in memory, independent of the mesh; names and bytes of its leaves."""
 
 import hashlib
-import zlib
-from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
-
-_READ_BYTES = 8 << 20
 
 
 def named_leaves(tree: Any) -> dict[str, Any]:
@@ -21,14 +17,6 @@ def named_leaves(tree: Any) -> dict[str, Any]:
     }
     assert len(named) == len(paths_and_leaves), "two leaves share one dotted path"
     return named
-
-
-def crc32_of_file(path: Path) -> int:
-    crc = 0
-    with path.open("rb") as file:
-        while block := file.read(_READ_BYTES):
-            crc = zlib.crc32(block, crc)
-    return crc
 
 
 def as_bytes(array: np.ndarray) -> np.ndarray:

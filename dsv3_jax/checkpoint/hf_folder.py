@@ -7,8 +7,7 @@ and no file is mapped into its memory.
 
 import json
 import math
-import os
-from collections.abc import Iterable
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,8 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from dsv3_jax.errors import UserError
+from dsv3_jax.checkpoint.hf import BLOCK_SIZE
+from dsv3_jax.errors import UserError, some
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -44,8 +44,12 @@ class StoredTensor:
     offset: int  # of the first byte in the file
 
     @property
+    def size(self) -> int:
+        return math.prod(self.shape)
+
+    @property
     def num_bytes(self) -> int:
-        return math.prod(self.shape) * NUMPY_DTYPES[self.dtype].itemsize
+        return self.size * NUMPY_DTYPES[self.dtype].itemsize
 
     def read(self, rows: slice = slice(None), columns: slice = slice(None)) -> np.ndarray:
         """Reads a part of a matrix, or a range of a vector, or all.
@@ -107,7 +111,9 @@ def is_folder(path: str | Path) -> bool:
     """Whether a path looks like a Hugging Face folder rather than a run of ours."""
     path = Path(path)
     return path.is_dir() and (
-        (path / "config.json").is_file() or (path / INDEX).is_file() or any(path.glob("*.safetensors"))
+        (path / "config.json").is_file()
+        or (path / INDEX).is_file()
+        or any(path.glob("*.safetensors"))
     )
 
 
@@ -131,7 +137,7 @@ def open_folder(path: str | Path) -> Folder:
         if not names:
             raise UserError(f"{path} holds no *.safetensors file; give a folder that does")
     if absent := [name for name in names if not (path / name).is_file()]:
-        raise UserError(f"{path} lacks {_some(absent)}; download the rest of the checkpoint")
+        raise UserError(f"{path} lacks {some(absent)}; download the rest of the checkpoint")
     with ThreadPoolExecutor(16) as pool:
         headers = dict(zip(names, pool.map(lambda n: _read_header(path / n), names), strict=True))
     found: dict[str, StoredTensor] = {}
@@ -143,10 +149,18 @@ def open_folder(path: str | Path) -> Folder:
                 found[name] = tensor
     if where is not None and (lost := [name for name in where if name not in found]):
         raise UserError(
-            f"{INDEX} places {_some([f'{n} in {where[n]}' for n in lost])}, where it is not; "
+            f"{INDEX} places {some([f'{n} in {where[n]}' for n in lost])}, where it is not; "
             f"download both files again"
         )
     return Folder(path=path, config=config, tensors=found)
+
+
+def row_ranges(shape: tuple[int, ...], max_numbers: int) -> Iterator[slice]:
+    """Ranges of rows that together are all, of about `max_numbers` numbers, no block cut."""
+    step = max(1, max_numbers // max(1, math.prod(shape[1:])) // BLOCK_SIZE) * BLOCK_SIZE
+    num_rows = shape[0] if shape else 1
+    for first in range(0, num_rows, step):
+        yield slice(first, min(first + step, num_rows))
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -173,7 +187,7 @@ def _read_header(path: Path) -> dict[str, StoredTensor]:
             header = json.loads(file.read(length))
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror})") from None
-    except ValueError:
+    except (ValueError, RecursionError):
         raise UserError(f"the header of {path} is damaged; download it again") from None
     tensors, end = {}, 8 + length
     try:
@@ -192,13 +206,5 @@ def _read_header(path: Path) -> dict[str, StoredTensor]:
     except (KeyError, TypeError, ValueError, AttributeError):
         raise UserError(f"the header of {path} is damaged; download it again") from None
     if size < end:
-        raise UserError(
-            f"{path} is cut short: {size:,} of {end:,} bytes; download it again"
-        )
+        raise UserError(f"{path} is cut short: {size:,} of {end:,} bytes; download it again")
     return tensors
-
-
-def _some(names: Iterable[str]) -> str:
-    names = list(names)
-    shown = ", ".join(names[:3])
-    return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"

@@ -8,27 +8,35 @@ crc32 of its own body and must be exactly the text that its contents render to.
 import json
 import os
 import zlib
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from dsv3_jax.checkpoint.hashing import crc32_of_file
-
 NAME = "MANIFEST.json"
+_READ_BYTES = 8 << 20
 
 
 class DamagedCheckpoint(Exception):
     """Why a checkpoint cannot be trusted: the files and what is wrong with each."""
 
 
-def write(directory: Path, body: dict[str, Any]) -> None:
+def entry(num_bytes: int, crc: int) -> dict[str, Any]:
+    """What a manifest says about one file."""
+    return {"bytes": num_bytes, "crc32": f"{crc:08x}"}
+
+
+def write(
+    directory: Path, body: dict[str, Any], known: Mapping[str, dict[str, Any]] | None = None
+) -> None:
     """Hashes every file of a committed checkpoint and writes its manifest by rename.
 
     Args:
       directory: the checkpoint of one step.
       body: JSON-safe contents beside `files`: step, config_digest, arrays, extra.
+      known: entries of files that were hashed as they were written, by name.
     """
-    content = _render({**body, "files": _hash_files(directory)})
+    content = _render({**body, "files": _hash_files(directory, known)})
     temporary = directory / f"{NAME}.tmp"
     with temporary.open("wb") as file:
         file.write(content)
@@ -84,17 +92,28 @@ def verify(directory: Path) -> dict[str, Any]:
     return body
 
 
-def _hash_files(directory: Path) -> dict[str, dict[str, Any]]:
+def _hash_files(
+    directory: Path, known: Mapping[str, dict[str, Any]] | None = None
+) -> dict[str, dict[str, Any]]:
     paths = [p for p in sorted(directory.rglob("*")) if not p.is_dir()]
-    paths = [p for p in paths if p != directory / NAME]
+    names = [p.relative_to(directory).as_posix() for p in paths if p != directory / NAME]
 
-    def entry(path: Path) -> dict[str, Any]:
-        return {"bytes": path.stat().st_size, "crc32": f"{crc32_of_file(path):08x}"}
+    def hashed(name: str) -> dict[str, Any]:
+        if known and name in known:
+            return known[name]
+        path = directory / name
+        return entry(path.stat().st_size, _crc32_of_file(path))
 
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # crc32 releases the GIL
-        entries = list(pool.map(entry, paths))
-    names = [path.relative_to(directory).as_posix() for path in paths]
-    return dict(zip(names, entries, strict=True))
+        return dict(zip(names, pool.map(hashed, names), strict=True))
+
+
+def _crc32_of_file(path: Path) -> int:
+    crc = 0
+    with path.open("rb") as file:
+        while block := file.read(_READ_BYTES):
+            crc = zlib.crc32(block, crc)
+    return crc
 
 
 def _render(body: Any) -> bytes:

@@ -1,4 +1,7 @@
-"""From a checkpoint of a run to a model that computes: weights and router bias, nothing else."""
+"""From a checkpoint to a model that computes: weights and router bias, nothing else.
+
+A run of ours is read here, a Hugging Face folder in `hf_load.py`.
+"""
 
 from pathlib import Path
 
@@ -7,6 +10,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from dsv3_jax.checkpoint.hf_folder import is_folder
+from dsv3_jax.checkpoint.hf_load import FP8, Source, check_dtype, load_folder
 from dsv3_jax.checkpoint.reader import locate, open_checkpoint
 from dsv3_jax.data.tokenizer import Tokenizer, load_tokenizer
 from dsv3_jax.errors import UserError
@@ -20,23 +25,34 @@ from dsv3_jax.parallel.rules import weight_sharding
 def load_model(
     path: str | Path, dtype: jnp.dtype = jnp.float32, mesh: Mesh | None = None
 ) -> DeepSeekV3:
-    """Loads the newest checkpoint that verifies.
+    """Loads a Hugging Face folder, or the newest checkpoint of a run that verifies.
 
     Args:
-      path: a run's working directory, its `checkpoints` folder, or one step in it.
-      dtype: of the weights and the arithmetic; the router bias stays float32.
+      path: a folder of safetensors (see `hf_load.load_folder`); or a run's working directory, its
+        `checkpoints` folder, or one step in it.
+      dtype: of the weights and the arithmetic; the router bias stays float32. float8_e4m3fn: FP8
+        weights of a folder stay as they are.
       mesh: where the weights live, laid out as the run's `parallel.layout` says; None: one device.
 
     Raises:
-      UserError: no checkpoint there, none verifies, or it holds other arrays than its config says.
+      UserError: nothing of the kind is there, it is damaged, or it holds other arrays than its
+        config says.
     """
+    if is_folder(path):
+        return load_folder(path, dtype, mesh)
+    dtype = check_dtype(dtype)
+    if dtype == FP8:
+        raise UserError(
+            f"{path} holds no FP8 weights; load it with dtype=jnp.bfloat16 and save it with "
+            f"save_pretrained(dtype='fp8') first"
+        )
     directory, step = locate(path)
     checkpoint = open_checkpoint(directory, step)
     assert checkpoint is not None  # `locate` found steps
     config = from_dict(checkpoint.extra["config"])
     runtime = Runtime(
         mesh=mesh,
-        compute_dtype=jnp.dtype(dtype),
+        compute_dtype=dtype,
         dispatch=config.parallel.dispatch,
         devices_per_node=config.parallel.devices_per_node,
     )
@@ -62,17 +78,33 @@ def load_model(
     }
     arrays = checkpoint.restore(template, partial=True)
     weights = jax.tree.map(lambda x: x.astype(dtype), arrays["params"])
-    return nnx.merge(graphdef, weights, arrays["router_bias"])
+    model = nnx.merge(graphdef, weights, arrays["router_bias"])
+    if tokenizer := _tokenizer_file(path):
+        model.source = Source(files={tokenizer.name: tokenizer.read_bytes()})
+    return model
 
 
 def load_run_tokenizer(path: str | Path) -> Tokenizer:
-    """The tokenizer a run was trained with, from its working directory (or a folder inside it).
+    """The tokenizer of a Hugging Face folder, or that a run was trained with.
+
+    Args:
+      path: the folder; or a run's working directory, or a folder inside it.
 
     Raises:
       UserError: there is no tokenizer.json.
     """
-    directory, _ = locate(path)
-    for folder in (Path(path).absolute(), directory, directory.parent):
-        if (folder / "tokenizer.json").is_file():
-            return load_tokenizer(str(folder / "tokenizer.json"))
-    raise UserError(f"{path} has no tokenizer.json; give the working directory of a run")
+    if file := _tokenizer_file(path):
+        return load_tokenizer(file)
+    raise UserError(
+        f"{path} has no tokenizer.json; give a Hugging Face folder or a run's working directory"
+    )
+
+
+def _tokenizer_file(path: str | Path) -> Path | None:
+    path = Path(path).absolute()
+    folders = [path]
+    if not is_folder(path):
+        directory, _ = locate(path)
+        folders += [directory, directory.parent]
+    files = (folder / "tokenizer.json" for folder in folders)
+    return next((file for file in files if file.is_file()), None)

@@ -13,7 +13,7 @@ from jax.experimental import multihost_utils
 
 from dsv3_jax.checkpoint import manifest
 from dsv3_jax.checkpoint.hashing import as_bytes, is_on_host, named_leaves
-from dsv3_jax.errors import UserError
+from dsv3_jax.errors import UserError, some
 
 _SMALL_BYTES = 1 << 16  # leaves up to this size are also compared number by number after a restore
 _NO_STEP, _NO_VALID_STEP = -1, -2
@@ -95,7 +95,7 @@ class Checkpoint:
         wrong = [n for n, crc in small.items() if crc != self.contents["small_leaves"].get(n, crc)]
         if wrong:
             raise UserError(
-                f"{self.path} verifies but {_some(wrong)} read back as other numbers than were "
+                f"{self.path} verifies but {some(wrong)} read back as other numbers than were "
                 f"saved; read it again on another host"
             )
         return jax.tree.unflatten(jax.tree.structure(template), [restored[n] for n in wanted])
@@ -104,16 +104,16 @@ class Checkpoint:
         saved = self.contents["arrays"]
         problems = []
         if missing := [name for name in wanted if name not in saved]:
-            problems.append(f"lacks {_some(missing)}")
+            problems.append(f"lacks {some(missing)}")
         if not partial and (extra := [name for name in saved if name not in wanted]):
-            problems.append(f"also holds {_some(extra)}")
+            problems.append(f"also holds {some(extra)}")
         differing = [
             f"{name} {_shape_text(saved[name])} where {_shape_text(describe(leaf))} is expected"
             for name, leaf in wanted.items()
             if name in saved and saved[name] != describe(leaf)
         ]
         if differing:
-            problems.append(f"holds {_some(differing)}")
+            problems.append(f"holds {some(differing)}")
         if problems:
             raise UserError(
                 f"checkpoint {self.path} does not fit this config: it {', and '.join(problems)}; "
@@ -211,8 +211,3 @@ def _restore_args(leaf: jax.ShapeDtypeStruct) -> ocp.RestoreArgs:
 
 def _shape_text(entry: dict[str, Any]) -> str:
     return f"{entry['dtype']}{entry['shape']}"
-
-
-def _some(names: list[str]) -> str:
-    shown = ", ".join(names[:4])
-    return shown if len(names) <= 4 else f"{shown} and {len(names) - 4} more"

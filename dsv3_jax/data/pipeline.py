@@ -26,7 +26,7 @@ from dsv3_jax.data.fim import fill_in_the_middle
 from dsv3_jax.data.mixture import mix
 from dsv3_jax.data.pack import InterleaveDataset, PackDataset
 from dsv3_jax.data.sources import ShardedRecords, list_files
-from dsv3_jax.data.tokenizer import PunctuationSplits, Tokenizer, load_tokenizer
+from dsv3_jax.data.tokenizer import LAST_TOKENS, PunctuationSplits, Tokenizer, load_tokenizer
 from dsv3_jax.errors import UserError
 
 DEFAULT_CACHE = "~/.cache/dsv3_jax"
@@ -169,7 +169,7 @@ def _cache_key(config: Config) -> str:
         # Weights are read from the config, so that changing them keeps the tokens.
         described = source.kind, source.path, source.text_key
         sources.append((described, [_fingerprint(path) for path in list_files(source)]))
-    tokenizer: Any = config.model.vocab_size
+    tokenizer: Any = (config.model.vocab_size, LAST_TOKENS)
     if data.tokenizer != "train":
         tokenizer = load_tokenizer(data.tokenizer).sha256
     filters = (data.deduplicate, data.filter_quality, data.max_documents, data.validation_documents)

@@ -21,6 +21,23 @@ PAD = "<｜▁pad▁｜>"
 FIM_HOLE = "<｜fim▁hole｜>"
 FIM_BEGIN = "<｜fim▁begin｜>"
 FIM_END = "<｜fim▁end｜>"
+# What a trained tokenizer has after its merges: what chats need, in the order of the released one.
+LAST_TOKENS = (
+    FIM_HOLE,
+    FIM_BEGIN,
+    FIM_END,
+    "<｜User｜>",
+    "<｜Assistant｜>",
+    "<｜tool▁calls▁begin｜>",
+    "<｜tool▁calls▁end｜>",
+    "<｜tool▁call▁begin｜>",
+    "<｜tool▁call▁end｜>",
+    "<｜tool▁outputs▁begin｜>",
+    "<｜tool▁outputs▁end｜>",
+    "<｜tool▁output▁begin｜>",
+    "<｜tool▁output▁end｜>",
+    "<｜tool▁sep｜>",
+)
 
 # The pre-tokenizer of spec §8: each pattern in turn, its matches isolated.
 _PRE_TOKENIZER = (
@@ -37,7 +54,7 @@ _PRE_TOKENIZER = (
         )
     ),
 )
-MIN_VOCAB_SIZE = 256 + 6  # every byte, and the control tokens
+MIN_VOCAB_SIZE = 256 + 3 + len(LAST_TOKENS)  # every byte, and the control tokens
 _NEWLINE_BYTES = "Ċč"  # \n and \r in the byte-level alphabet
 
 
@@ -46,8 +63,11 @@ class Tokenizer:
 
     Attributes:
       vocab_size: largest id + 1.
-      bos_id, eos_id, pad_id: control tokens every tokenizer has.
+      bos_id, eos_id: control tokens every tokenizer has.
+      pad_id: PAD, or EOS in a tokenizer without it.
       fim: the fill-in-the-middle tokens, or None.
+      control_ids: every control token's id by name, those of chats included.
+      text: the tokenizer.json it was read from.
     """
 
     def __init__(self, text: str, origin: str):
@@ -61,16 +81,18 @@ class Tokenizer:
         except Exception as error:  # the library raises bare Exception
             raise UserError(f"{origin} is not a readable tokenizer.json: {error}") from error
         self._backend.encode_special_tokens = True
-        self._text, self.origin = text, origin
+        self.control_ids = {token["content"]: token["id"] for token in definition["added_tokens"]}
+        self.text, self.origin = text, origin
         self.sha256 = hashlib.sha256(text.encode()).hexdigest()
         self._vocab = self._backend.get_vocab(with_added_tokens=True)
         self.vocab_size = max(self._vocab.values()) + 1
-        missing = [name for name in (BOS, EOS, PAD) if name not in self._vocab]
+        missing = [name for name in (BOS, EOS) if name not in self._vocab]
         if missing:
             raise UserError(
                 f"{origin} lacks the tokens {', '.join(missing)}; use another tokenizer"
             )
-        self.bos_id, self.eos_id, self.pad_id = (self._vocab[n] for n in (BOS, EOS, PAD))
+        self.bos_id, self.eos_id = self._vocab[BOS], self._vocab[EOS]
+        self.pad_id = self._vocab.get(PAD, self.eos_id)
         ids = [self._vocab.get(name) for name in (FIM_BEGIN, FIM_HOLE, FIM_END)]
         self.fim = None if None in ids else FimIds(*ids)
 
@@ -96,7 +118,7 @@ class Tokenizer:
 
     def save(self, path: str | Path) -> None:
         """Writes the tokenizer.json."""
-        Path(path).write_text(self._text, encoding="utf-8")
+        Path(path).write_text(self.text, encoding="utf-8")
 
     def check_fits(self, vocab_size: int) -> None:
         """Raises UserError when an id lies outside an embedding table of `vocab_size` rows."""
@@ -109,14 +131,17 @@ class Tokenizer:
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
-    """Reads a tokenizer.json, plain or gzipped (.gz).
+    """Reads a tokenizer.json, plain or gzipped (.gz), or the one in a folder.
 
     Raises:
-      UserError: the file is missing, unreadable or lacks BOS, EOS or PAD.
+      UserError: the file is missing, unreadable or lacks BOS or EOS.
     """
+    path = Path(path).expanduser()
+    if path.is_dir():
+        path /= "tokenizer.json"
     try:
-        data = Path(path).expanduser().read_bytes()
-        text = (gzip.decompress(data) if str(path).endswith(".gz") else data).decode()
+        data = path.read_bytes()
+        text = (gzip.decompress(data) if path.suffix == ".gz" else data).decode()
     except (OSError, EOFError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else error
         raise UserError(
@@ -129,7 +154,8 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
 def train_tokenizer(documents: Iterable[str], vocab_size: int) -> Tokenizer:
     """Trains a byte-level BPE with V3's pre-tokenizer and control tokens.
 
-    BOS, EOS and PAD get ids 0, 1 and 2; the fill-in-the-middle tokens come last, as in V3.
+    BOS, EOS and PAD get ids 0, 1 and 2; the tokens of fill-in-the-middle and of chats come last,
+    as in V3.
 
     Args:
       vocab_size: tokens in all; a small corpus may give fewer.
@@ -144,15 +170,14 @@ def train_tokenizer(documents: Iterable[str], vocab_size: int) -> Tokenizer:
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend.pre_tokenizer = pre_tokenizers.Sequence([*splits, byte_level])
     backend.decoder = decoders.ByteLevel()
-    fim_tokens = [FIM_HOLE, FIM_BEGIN, FIM_END]
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size - len(fim_tokens),
+        vocab_size=vocab_size - len(LAST_TOKENS),
         special_tokens=[BOS, EOS, PAD],
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
     backend.train_from_iterator(documents, trainer)
-    backend.add_special_tokens(fim_tokens)
+    backend.add_tokens(list(LAST_TOKENS))  # not special: serving engines read them in answers
     return Tokenizer(backend.to_str(), "the trained tokenizer")
 
 

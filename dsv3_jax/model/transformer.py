@@ -6,6 +6,7 @@ vocabulary.
 
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +23,10 @@ from dsv3_jax.model.router import RouterStats
 from dsv3_jax.model.runtime import Runtime
 from dsv3_jax.precision.policy import dot
 
+if TYPE_CHECKING:
+    from dsv3_jax.checkpoint.hf_load import Source
+    from dsv3_jax.data.tokenizer import Tokenizer
+
 
 def _stack(make, num: int, rngs: nnx.Rngs):
     """`num` modules of independent weights as one, each array with a leading layer dim."""
@@ -34,6 +39,7 @@ class DeepSeekV3(nnx.Module):
     def __init__(self, config: ModelConfig, *, runtime: Runtime, rngs: nnx.Rngs):
         c = config
         self.config, self.runtime = config, runtime
+        self.source: Source | None = None  # of a loaded model, what an export gives back
         block = partial(Block, c, runtime=runtime)
         self.embed = Embedding(rngs, c.vocab_size, c.width, c.init_std, runtime)
         self.dense_blocks = _stack(lambda r: block(moe=False, rngs=r), c.num_dense_layers, rngs)
@@ -46,10 +52,30 @@ class DeepSeekV3(nnx.Module):
     def from_pretrained(
         cls, path: str | Path, dtype: jnp.dtype = jnp.float32, mesh: Mesh | None = None
     ) -> "DeepSeekV3":
-        """Loads the newest checkpoint of a run that verifies; see `pretrained.load_model`."""
+        """Loads a Hugging Face folder or a run of ours; see `pretrained.load_model`.
+
+        Args:
+          path: a folder of safetensors (fp8 with scales, bf16 or f32), or a run's working directory.
+          dtype: of the weights and the arithmetic; jnp.float8_e4m3fn keeps FP8 weights as they are.
+          mesh: where the weights live; None: one device.
+        """
         from dsv3_jax.checkpoint.pretrained import load_model  # it builds this class
 
         return load_model(path, dtype, mesh)
+
+    def save_pretrained(
+        self, path: str | Path, dtype: str = "bf16", tokenizer: "Tokenizer | None" = None
+    ) -> None:
+        """Writes a Hugging Face folder, with the MTP layer; see `hf_save.save_folder`.
+
+        Args:
+          path: a folder that does not exist yet.
+          dtype: 'fp8' (with scales), 'bf16' or 'f32'.
+          tokenizer: None: the one that the model was loaded with.
+        """
+        from dsv3_jax.checkpoint.hf_save import save_folder  # it knows the names of the weights
+
+        save_folder(self, path, dtype, tokenizer)
 
     def hidden_states(
         self, tokens_BT: jax.Array, *, segments_BT: jax.Array | None = None, mtp: bool = True

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 
 from dsv3_jax.parallel import grouped_matmul_blocks as blocks
 from dsv3_jax.parallel import grouped_matmul_mosaic as mosaic
+from dsv3_jax.precision.block_scaled import BlockScaled, refuse_gradient
 
 
 def best_implementation(platform: str, d_in: int, d_out: int, compute_dtype: jnp.dtype) -> str:
@@ -29,7 +30,7 @@ def best_implementation(platform: str, d_in: int, d_out: int, compute_dtype: jnp
 
 def grouped_matmul(
     x_MI: jax.Array,
-    w_GIO: jax.Array,
+    w_GIO: jax.Array | BlockScaled,
     group_sizes_G: jax.Array,
     *,
     compute_dtype: jnp.dtype,
@@ -39,7 +40,7 @@ def grouped_matmul(
 
     Args:
       x_MI: rows, those of group 0 first. Rows after the last group give zeros.
-      w_GIO: float32 master weights.
+      w_GIO: float32 master weights, or weights kept in FP8.
       group_sizes_G: int32 rows of each group, 0 allowed, at most M together.
       compute_dtype: format of the operands and the result; accumulation is float32.
       implementation: one of the list above; None: the best on jax's default backend.
@@ -67,6 +68,7 @@ def _forward(x_MI, w_GIO, sizes_G, compute_dtype, implementation):
 
 def _backward(compute_dtype, implementation, residuals, dy_MO):
     x_low, w_GIO, sizes_G, like_x = residuals
+    refuse_gradient(w_GIO)
     product, weight_gradient = _IMPLEMENTATIONS[implementation]
     dy_MO = dy_MO.astype(compute_dtype)
     dx_MI = product(dy_MO, w_GIO.astype(compute_dtype), sizes_G, transposed=True)

@@ -6,12 +6,15 @@ weights.
 """
 
 from collections.abc import Mapping
+from functools import lru_cache
 from types import MappingProxyType
 
+import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 
 MeshAxes = str | tuple[str, ...] | None
+Box = tuple[tuple[int, int], ...]  # first and last (excluded) position in each dim
 
 _REPLICATED = dict.fromkeys(
     ("layer", "vocab", "embed", "q_latent", "kv_latent", "heads", "ffn", "expert_embed",
@@ -97,3 +100,13 @@ def optimizer_sharding(weight: NamedSharding, shape: tuple[int, ...]) -> NamedSh
                 entries[i] = axes
                 return NamedSharding(mesh, PartitionSpec(*(e or None for e in entries)))
     return weight
+
+
+@lru_cache(maxsize=256)
+def boxes(sharding: Sharding, shape: tuple[int, ...]) -> Mapping[Box, tuple[jax.Device, ...]]:
+    """The distinct shards of an array, and the devices that hold each: alike in every process."""
+    found: dict[Box, tuple[jax.Device, ...]] = {}
+    for device, index in sharding.devices_indices_map(shape).items():
+        box = tuple(s.indices(dim)[:2] for s, dim in zip(index, shape, strict=True))
+        found[box] = (*found.get(box, ()), device)
+    return found

@@ -9,11 +9,13 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
+from dsv3_jax.precision.block_scaled import BlockScaled, refuse_gradient
+
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def dot(
     x: jax.Array,
-    kernel_IO: jax.Array,
+    kernel_IO: jax.Array | BlockScaled,
     compute_dtype: jnp.dtype,
     output_dtype: jnp.dtype | None = None,
 ) -> jax.Array:
@@ -21,7 +23,7 @@ def dot(
 
     Args:
       x: [..., I] activations.
-      kernel_IO: [I, O] float32 master weight.
+      kernel_IO: [I, O] float32 master weight, or one kept in FP8.
       compute_dtype: format of both operands.
       output_dtype: format of the result; None: `compute_dtype`. The router asks for float32.
 
@@ -45,6 +47,7 @@ def _dot_forward(x, kernel_IO, compute_dtype, output_dtype):
 def _dot_backward(compute_dtype, output_dtype, residuals, dy):
     del output_dtype
     x_low, kernel_IO, like_x = residuals
+    refuse_gradient(kernel_IO)
     dy = dy.astype(compute_dtype)
     dx = jnp.matmul(dy, kernel_IO.astype(compute_dtype).T, preferred_element_type=compute_dtype)
     contracted = tuple(range(x_low.ndim - 1))

@@ -66,13 +66,14 @@ def test_released_round_trip(released, text):
 def test_trained_ids(trained):
     assert trained.vocab_size == VOCAB_SIZE
     assert (trained.bos_id, trained.eos_id, trained.pad_id) == (0, 1, 2)
-    assert (trained.fim.hole, trained.fim.begin, trained.fim.end) == tuple(
-        range(VOCAB_SIZE - 3, VOCAB_SIZE)
-    )
+    first = VOCAB_SIZE - len(tk.LAST_TOKENS)
+    assert (trained.fim.hole, trained.fim.begin, trained.fim.end) == (first, first + 1, first + 2)
+    assert trained.control_ids["<｜User｜>"] == first + 3
+    assert trained.control_ids["<｜Assistant｜>"] == first + 4
     assert trained.decode([0, *trained.encode("x"), 1]) == f"{tk.BOS}x{tk.EOS}"
     text = _corpus()[0]
     assert len(trained.encode(text)) < len(text) / 2.2  # it learned something
-    assert trained.fim is not None and max(trained.encode(text)) < VOCAB_SIZE - 3
+    assert trained.fim is not None and max(trained.encode(text)) < first
 
 
 def test_control_token_spelling():
@@ -83,6 +84,13 @@ def test_control_token_spelling():
 
 def test_training_is_deterministic(trained):
     assert train_tokenizer(iter(_corpus()), VOCAB_SIZE).sha256 == trained.sha256
+
+
+def test_last_tokens_are_in_the_order_of_the_released_ones(trained, released):
+    theirs = [released.control_ids[name] for name in tk.LAST_TOKENS]
+    assert theirs == sorted(theirs) and len(set(theirs)) == len(theirs)
+    for name, i in trained.control_ids.items():
+        assert trained.decode([i]) == name
 
 
 def test_released_ids(released):
@@ -119,8 +127,8 @@ def test_small_corpus_gives_a_small_vocabulary_and_all_bytes():
     assert tk.MIN_VOCAB_SIZE < tokenizer.vocab_size < 300
     text = "".join(map(chr, range(0x300))) + "😀"
     assert tokenizer.decode(tokenizer.encode(text)) == text
-    with pytest.raises(UserError, match=r"model.vocab_size=261 is too small .* at least 262"):
-        train_tokenizer(["x"], 261)
+    with pytest.raises(UserError, match=r"model.vocab_size=272 is too small .* at least 273"):
+        train_tokenizer(["x"], 272)
 
 
 def test_save_and_load(trained, tmp_path):
@@ -142,6 +150,8 @@ def test_broken_tokenizers(trained, tmp_path):
         with pytest.raises(UserError, match=r"tokenizer\.json is not a readable tokenizer\.json"):
             load_tokenizer(path)
     trained.save(path)
+    path.write_text(path.read_text().replace(tk.PAD, "<pad>"))
+    assert load_tokenizer(path).pad_id == trained.eos_id  # V2's tokenizer has no PAD
     path.write_text(path.read_text().replace(tk.EOS, "<eos>"))
     with pytest.raises(UserError, match=f"lacks the tokens {tk.EOS}"):
         load_tokenizer(path)

@@ -6,7 +6,8 @@ import transformers
 from golden import cases, reference
 
 
-def _config(case: cases.Case) -> transformers.PretrainedConfig:
+def make_config(case: cases.Case) -> transformers.PretrainedConfig:
+    """The case's architecture in the words of transformers."""
     model, yarn = case.model, case.model.yarn
     rope = {"rope_type": "default", "rope_theta": model.rope_theta}
     if yarn.enabled:
@@ -64,7 +65,7 @@ _ATTENTION = {
 }
 
 
-def _block_state(w: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def block_state(w: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """One block's weights by the names of transformers, linears as [out, in]."""
     state = {
         "input_layernorm.weight": w["norm_a.gain"],
@@ -88,10 +89,9 @@ def _block_state(w: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return state
 
 
-def logits_difference(case: cases.Case) -> float:
-    """Largest |difference| over largest |logit| of the main model, in float32."""
-    config = _config(case)
-    network = transformers.AutoModelForCausalLM.from_config(config).float().eval()
+def make_network(case: cases.Case) -> transformers.PreTrainedModel:
+    """The case's main model with its weights, float32."""
+    network = transformers.AutoModelForCausalLM.from_config(make_config(case)).float().eval()
     w = {path: torch.tensor(leaf) for path, leaf in case.weights().items()}
     state = {
         "model.embed_tokens.weight": w["embed.table"],
@@ -101,14 +101,19 @@ def logits_difference(case: cases.Case) -> float:
     for i in range(case.model.num_layers):
         dense = case.model.num_dense_layers
         group, index = ("dense_blocks", i) if i < dense else ("moe_blocks", i - dense)
-        block = _block_state(reference.layer(w, group, index))
+        block = block_state(reference.layer(w, group, index))
         state |= {f"model.layers.{i}.{name}": leaf for name, leaf in block.items()}
     loaded = network.load_state_dict(state, strict=False)
     assert not loaded.missing_keys, loaded.missing_keys
     assert all("e_score_correction_bias" in key for key in loaded.unexpected_keys), loaded
+    return network
+
+
+def logits_difference(case: cases.Case) -> float:
+    """Largest |difference| over largest |logit| of the main model, in float32."""
     tokens = case.tokens()[:, :-1]
     with torch.no_grad():
-        theirs = network(torch.tensor(tokens, dtype=torch.long)).logits
-    w64 = {path: leaf.double() for path, leaf in w.items()}
+        theirs = make_network(case)(torch.tensor(tokens, dtype=torch.long)).logits
+    w64 = {path: torch.tensor(leaf).double() for path, leaf in case.weights().items()}
     ours = reference.forward(w64, tokens.tolist(), case.model).logits
     return float(np.abs(theirs.double() - ours).max() / ours.abs().max())
