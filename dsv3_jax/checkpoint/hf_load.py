@@ -43,6 +43,7 @@ class Source:
     files: Mapping[str, bytes] = field(default_factory=dict)  # tokenizer and other small files
     # By name of the weight, as stored: the float32 scales of FP8 weights that were dequantised.
     scales: Mapping[str, np.ndarray] = field(default_factory=dict)
+    token_ids: Mapping[str, int] = field(default_factory=dict)  # of config.json: 'bos_token_id' ...
 
 
 def check_dtype(dtype: jnp.dtype) -> jnp.dtype:
@@ -124,7 +125,11 @@ def load_folder(
                 _insert(params, weight.path, reader.array(weight, runtime.compute_dtype))
     loaded = nnx.merge(graphdef, params, router_bias)
     scales = {} if dtype == FP8 else reader.scales
-    loaded.source = Source(files=source_files(folder.path), scales=scales)
+    loaded.source = Source(
+        files=source_files(folder.path),
+        scales=scales,
+        token_ids={key: value for key, value in folder.config.items() if key.endswith("_token_id")},
+    )
     return loaded
 
 

@@ -65,6 +65,7 @@ def save_folder(
         raise UserError(f"dtype={dtype!r} is unknown; allowed: {', '.join(hf.DTYPES)};{hint}")
     values = config_values(model.config, dtype)
     source = model.source or Source()
+    values |= source.token_ids
     files = dict(source.files)
     if tokenizer is None and "tokenizer.json" in files and "tokenizer_config.json" not in files:
         tokenizer = Tokenizer(files["tokenizer.json"].decode(), "the run's tokenizer.json")
@@ -72,6 +73,7 @@ def save_folder(
         tokenizer.check_fits(model.config.vocab_size)
         length = values["max_position_embeddings"]
         files |= tokenizer_files(tokenizer, model_max_length=length)
+        values |= {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
     elif not files:
         logging.warning("%s gets no tokenizer; give one with tokenizer=", path)
     files["config.json"] = (json.dumps(values, indent=2) + "\n").encode()
@@ -95,7 +97,9 @@ class _Weights:
 
     def __init__(self, model: DeepSeekV3, source: Source, dtype: str):
         state = nnx.to_flat_state(nnx.state(model, (nnx.Param, RouterBias)))
-        self._leaves = {".".join(path): variable[...] for path, variable in state}
+        self._leaves = {
+            ".".join(path): jax.tree.map(jnp.asarray, variable[...]) for path, variable in state
+        }
         self._source, self._dtype = source, dtype
         self._scales: list[np.ndarray] = []  # of the weight handed out last
 

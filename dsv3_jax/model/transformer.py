@@ -55,7 +55,7 @@ class DeepSeekV3(nnx.Module):
         """Loads a Hugging Face folder or a run of ours; see `pretrained.load_model`.
 
         Args:
-          path: a folder of safetensors (fp8 with scales, bf16 or f32), or a run's working directory.
+          path: a folder of safetensors (fp8 with scales, bf16, f32), or a run's working directory.
           dtype: of the weights and the arithmetic; jnp.float8_e4m3fn keeps FP8 weights as they are.
           mesh: where the weights live; None: one device.
         """

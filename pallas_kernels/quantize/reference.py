@@ -18,7 +18,7 @@ def quantize_blocks_reference(
     """E4M3 codes and the scales that multiply them: w is about q * s.
 
     s = max|w| / 448 over a block, the maximum taken as at least 1e-4; q = w / s in float32, clipped
-    to +-448 and rounded once. Any NaN or infinity makes its block's scale and codes useless.
+    to +-448 and rounded once. A NaN or infinity makes its block's scale one too.
 
     Args:
       w_NK: [N, K] of any float dtype.
@@ -29,8 +29,9 @@ def quantize_blocks_reference(
       s_BT: [ceil(N / 128), ceil(K / 128)] float32.
     """
     w_BRTC = _in_blocks(w_NK)
-    max_BT = jnp.max(jnp.abs(w_BRTC), axis=(1, 3)).astype(jnp.float32)
-    s_BT = _divide(jnp.maximum(max_BT, _SMALLEST_MAX), E4M3_MAX)
+    max_BT = _largest(w_BRTC).astype(jnp.float32)
+    # Not `maximum`, for the reason given at `_largest`.
+    s_BT = _divide(jnp.where(max_BT < _SMALLEST_MAX, _SMALLEST_MAX, max_BT), E4M3_MAX)
     if power_of_two:
         s_BT = _next_power_of_two(s_BT)
     # Fused with the cast, the maximum over a block is taken 4 times slower on a CPU.
@@ -67,6 +68,18 @@ def _in_blocks(x_NK: jax.Array) -> jax.Array:
 def _from_blocks(x_BRTC: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     B, _, T, _ = x_BRTC.shape
     return x_BRTC.reshape(B * BLOCK, T * BLOCK)[: shape[0], : shape[1]]
+
+
+def _largest(w_BRTC: jax.Array) -> jax.Array:
+    """max|w| of every block, NaN where a block holds one.
+
+    Compared as integers, absolute values have the same order and NaN comes last; as floats, XLA's
+    maximum on a CPU may pass over a NaN, and takes 3 times longer.
+    """
+    unsigned = jnp.dtype(f"uint{8 * w_BRTC.dtype.itemsize}")
+    bits_BRTC = jax.lax.bitcast_convert_type(jnp.abs(w_BRTC), unsigned)
+    bits_BT = jnp.max(jnp.max(bits_BRTC, axis=1), axis=-1)
+    return jax.lax.bitcast_convert_type(bits_BT, w_BRTC.dtype)
 
 
 def _divide(x: jax.Array, y: jax.Array | float) -> jax.Array:
