@@ -113,6 +113,7 @@ def requantize_blocks(w_NK: jax.Array, s_BT: jax.Array) -> tuple[jax.Array, jax.
     q_NK = jnp.clip(w_NK.astype(jnp.float32) / wide_s_NK, -E4M3_MAX, E4M3_MAX)
     q_NK = q_NK.astype(jnp.float8_e4m3fn)
     same_NK = _bits(dequantize_blocks(q_NK, s_BT, w_NK.dtype)) == _bits(w_NK)
+    same_NK &= ~jnp.isnan(w_NK)  # NaN comes back as itself too, but must not pass
     padding = [(0, -dim % BLOCK) for dim in w_NK.shape]
     same_NK = jnp.pad(same_NK, padding, constant_values=True)
     blocks = (s_BT.shape[0], BLOCK, s_BT.shape[1], BLOCK)
