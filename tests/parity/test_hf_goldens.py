@@ -36,7 +36,9 @@ def stored_bytes(folder) -> dict[str, bytes]:
     """Every tensor's bytes, by the safetensors package."""
     found = {}
     for file in folder.glob("*.safetensors"):
-        found |= {n: bytes(entry["data"]) for n, entry in safetensors.deserialize(file.read_bytes())}
+        found |= {
+            n: bytes(entry["data"]) for n, entry in safetensors.deserialize(file.read_bytes())
+        }
     return found
 
 
