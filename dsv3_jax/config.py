@@ -152,6 +152,7 @@ class CheckpointConfig:
     interval_steps: int = 1000
     keep: int = 3  # newest checkpoints kept
     restore: bool = True  # continue from the newest checkpoint that verifies
+    initial_weights: str = ""  # folder or run whose weights a new run starts from; '': random ones
 
 
 @dataclass(frozen=True, kw_only=True)

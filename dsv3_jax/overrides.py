@@ -135,12 +135,13 @@ def _parse_source(item: str) -> SourceConfig:
 
 
 def _build(section_type: Any, values: Any, prefix: str) -> Any:
-    """A dataclass from a mapping with exactly its fields."""
+    """A dataclass from a mapping of its fields; an older version's lacks those that came since."""
     where = prefix[:-1] or "the config"
     if not isinstance(values, Mapping):
         raise UserError(f"{where} is {type(values).__name__}, not a table of keys")
     hints = get_type_hints(section_type)
-    missing = [prefix + name for name in hints if name not in values]
+    required = [f.name for f in fields(section_type) if _is_required(f)]
+    missing = [prefix + name for name in required if name not in values]
     extra = [prefix + str(name) for name in values if name not in hints]
     if missing or extra:
         raise UserError(
@@ -148,8 +149,8 @@ def _build(section_type: Any, values: Any, prefix: str) -> Any:
             f"unknown {', '.join(extra) or 'nothing'}"
         )
     built = {}
-    for name, annotation in hints.items():
-        value = values[name]
+    for name in hints.keys() & values.keys():
+        annotation, value = hints[name], values[name]
         if is_dataclass(annotation):
             value = _build(annotation, value, f"{prefix}{name}.")
         elif get_origin(annotation) is tuple and isinstance(value, list):
@@ -159,3 +160,7 @@ def _build(section_type: Any, values: Any, prefix: str) -> Any:
             )
         built[name] = value
     return section_type(**built)
+
+
+def _is_required(field: dataclasses.Field) -> bool:
+    return field.default is field.default_factory is dataclasses.MISSING

@@ -200,14 +200,24 @@ def test_tables_name_only_keys_that_exist():
     assert set(CHOICES) | set(_INTERVALS) <= keys
 
 
-def test_from_dict_names_missing_and_extra_keys():
+def test_a_config_of_an_older_version_gets_the_defaults_of_newer_keys():
     values = to_dict(configs.get("tiny"))
-    del values["model"]["yarn"]["factor"]
+    del values["checkpoint"]["initial_weights"], values["model"]["yarn"]
+    assert from_dict(values) == configs.get("tiny")
+
+
+def test_from_dict_names_missing_and_extra_keys():
+    for section, key in (("model", "width"), ("run", "name")):
+        values = to_dict(configs.get("tiny"))
+        del values[section][key]
+        with pytest.raises(UserError) as error:
+            from_dict(values)
+        assert f"missing {section}.{key}" in one_line(error)
+    values = to_dict(configs.get("tiny"))
     values["model"]["yarn"]["faktor"] = 3
     with pytest.raises(UserError) as error:
         from_dict(values)
-    assert "missing model.yarn.factor" in one_line(error)
-    assert "unknown model.yarn.faktor" in str(error.value)
+    assert "unknown model.yarn.faktor" in one_line(error)
     for damage in (lambda v: v.update(model=3), lambda v: v["data"].update(sources=[3])):
         values = to_dict(configs.get("tiny"))
         damage(values)

@@ -10,9 +10,13 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from dsv3_jax.checkpoint.hf_folder import is_folder
+from dsv3_jax.checkpoint import manifest
+from dsv3_jax.checkpoint.hf_check import without_absent_mtp
+from dsv3_jax.checkpoint.hf_config import read_model_config
+from dsv3_jax.checkpoint.hf_folder import is_folder, open_folder
 from dsv3_jax.checkpoint.hf_load import FP8, Source, check_dtype, load_folder
-from dsv3_jax.checkpoint.reader import locate, open_checkpoint
+from dsv3_jax.checkpoint.reader import locate, open_checkpoint, steps_in
+from dsv3_jax.config import ModelConfig
 from dsv3_jax.data.tokenizer import Tokenizer, load_tokenizer
 from dsv3_jax.errors import UserError
 from dsv3_jax.model.router import RouterBias
@@ -22,8 +26,29 @@ from dsv3_jax.overrides import from_dict
 from dsv3_jax.parallel.rules import weight_sharding
 
 
+def read_model(path: str | Path) -> ModelConfig:
+    """The model that `load_model` would load, from headers alone.
+
+    Raises:
+      UserError: nothing of the kind is there, or its description is damaged.
+    """
+    if is_folder(path):
+        folder = open_folder(path)
+        described = read_model_config(folder.config, str(folder.path / "config.json"))
+        return without_absent_mtp(folder, described)
+    directory, step = locate(path)
+    newest = directory / str(steps_in(directory)[-1] if step is None else step)
+    try:
+        return from_dict(manifest.read(newest)["extra"]["config"]).model
+    except manifest.DamagedCheckpoint as error:
+        raise UserError(f"{newest}: {error}; name another step") from None
+
+
 def load_model(
-    path: str | Path, dtype: jnp.dtype = jnp.float32, mesh: Mesh | None = None
+    path: str | Path,
+    dtype: jnp.dtype = jnp.float32,
+    mesh: Mesh | None = None,
+    layout: str | None = None,
 ) -> DeepSeekV3:
     """Loads a Hugging Face folder, or the newest checkpoint of a run that verifies.
 
@@ -32,14 +57,15 @@ def load_model(
         `checkpoints` folder, or one step in it.
       dtype: of the weights and the arithmetic; the router bias stays float32. float8_e4m3fn: FP8
         weights of a folder stay as they are.
-      mesh: where the weights live, laid out as the run's `parallel.layout` says; None: one device.
+      mesh: where the weights live; None: one device.
+      layout: a key of `parallel.rules.LAYOUTS`; None: the run's, 'zero1_ep' for a folder.
 
     Raises:
       UserError: nothing of the kind is there, it is damaged, or it holds other arrays than its
         config says.
     """
     if is_folder(path):
-        return load_folder(path, dtype, mesh)
+        return load_folder(path, dtype, mesh, layout or "zero1_ep")
     dtype = check_dtype(dtype)
     if dtype == FP8:
         raise UserError(
@@ -63,7 +89,8 @@ def load_model(
     def weight(variable):
         sharding = one_device
         if mesh is not None:
-            sharding = weight_sharding(mesh, variable.shape, variable.axes, config.parallel.layout)
+            rules = layout or config.parallel.layout
+            sharding = weight_sharding(mesh, variable.shape, variable.axes, rules)
         return jax.ShapeDtypeStruct(variable.shape, variable.dtype, sharding=sharding)
 
     def bias(variable):

@@ -13,6 +13,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from dsv3_jax.checkpoint.manager import CheckpointManager
+from dsv3_jax.checkpoint.reader import steps_in
 from dsv3_jax.config import Config
 from dsv3_jax.data import pipeline
 from dsv3_jax.data.prepare import progress_bar
@@ -24,7 +25,7 @@ from dsv3_jax.train.ema import HostEma, ema_template
 from dsv3_jax.train.metrics import DispatchedStep, StepLog
 from dsv3_jax.train.progress import Reporter, describe
 from dsv3_jax.train.samples import SAMPLES_FILE, write_samples
-from dsv3_jax.train.state import TrainState, abstract_state, init_state
+from dsv3_jax.train.state import TrainState, abstract_state, check_initial_weights, initial_state
 from dsv3_jax.train.step import make_eval_step, make_train_step
 from dsv3_jax.train.workdir import CHECKPOINTS, TOKENIZER, check_workdir, open_workdir
 
@@ -41,6 +42,8 @@ def train(config: Config, workdir: Path) -> int:
       UserError: the mesh, the corpus or the directory does not allow the run.
     """
     check_workdir(config, workdir)
+    if not steps_in(workdir / CHECKPOINTS):
+        check_initial_weights(config)
     mesh = make_mesh(config.parallel)
     with progress_bar() as progress:
         corpus = pipeline.prepare_corpus(config, progress=progress)
@@ -149,7 +152,7 @@ def _restore_or_init(
         ema_tree = {"ema": ema_template(template.params)} if decay else {}
         restored = manager.restore(vars(template) | ema_tree)
     if restored is None:
-        _, state, _ = init_state(config, mesh)
+        state = initial_state(config, mesh)
         return graphdef, state, HostEma(state.params, decay) if decay else None, 0
     tree, extra, _ = restored
     saved_ema = tree.pop("ema", None)

@@ -3,15 +3,19 @@
 Tokens consumed are not here: 14.8T does not fit in an int32, so the loop counts them on the host.
 """
 
+import dataclasses
 from dataclasses import dataclass
 
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from dsv3_jax.checkpoint.pretrained import load_model, read_model
 from dsv3_jax.config import Config
+from dsv3_jax.errors import UserError
 from dsv3_jax.model.router import RouterBias
 from dsv3_jax.model.runtime import Runtime
 from dsv3_jax.model.transformer import DeepSeekV3
@@ -88,6 +92,51 @@ def init_state(config: Config, mesh: Mesh) -> tuple[nnx.GraphDef, TrainState, Tr
         )
 
     return graphdef, jax.jit(init, out_shardings=shardings)(), shardings
+
+
+def check_initial_weights(config: Config) -> None:
+    """Checks `checkpoint.initial_weights` by its headers, before anything is allocated.
+
+    Context extension may differ (it holds no weights), and so may the initialiser.
+
+    Raises:
+      UserError: it cannot be read, or holds another model.
+    """
+    path = config.checkpoint.initial_weights
+    if not path:
+        return
+    theirs = dataclasses.replace(
+        read_model(path), yarn=config.model.yarn, init_std=config.model.init_std
+    )
+    for field in dataclasses.fields(theirs):
+        here, there = getattr(config.model, field.name), getattr(theirs, field.name)
+        if here != there:
+            raise UserError(
+                f"checkpoint.initial_weights={path} holds another model: {field.name} is {there} "
+                f"there and {here} here; set model.{field.name}={there} or give other weights"
+            )
+
+
+def initial_state(config: Config, mesh: Mesh) -> TrainState:
+    """The state before the first step: random, or with the weights and biases of a checkpoint.
+
+    Raises:
+      UserError: `checkpoint.initial_weights` is damaged.
+    """
+    path = config.checkpoint.initial_weights
+    if not path:
+        return init_state(config, mesh)[1]
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(config, mesh)[1])
+    model = load_model(path, jnp.float32, mesh if mesh.size > 1 else None, config.parallel.layout)
+    _, params, router_bias = nnx.split(model, nnx.Param, RouterBias)
+    params = jax.device_put(nnx.to_pure_dict(params), shardings.params)
+    optimizer = adamw(config.optim, jnp.dtype(config.precision.moments))
+    return TrainState(
+        step=jax.device_put(np.int32(0), shardings.step),
+        params=params,
+        router_bias=jax.device_put(nnx.to_pure_dict(router_bias), shardings.router_bias),
+        opt_state=jax.jit(optimizer.init, out_shardings=shardings.opt_state)(params),
+    )
 
 
 def _create_model(config: Config, mesh: Mesh) -> DeepSeekV3:

@@ -8,7 +8,7 @@ from pathlib import Path
 import jax
 import pytest
 
-from dsv3_jax import configs
+from dsv3_jax import DeepSeekV3, configs
 from dsv3_jax.checkpoint.hashing import state_hash
 from dsv3_jax.checkpoint.reader import open_checkpoint, steps_in
 from dsv3_jax.config import Config, SourceConfig
@@ -188,3 +188,26 @@ def test_starting_over_keeps_the_old_checkpoints(config, whole_run, tmp_path):
     assert contents(workdir) == first  # the same run again
     assert steps_in(workdir / "checkpoints") == steps_in(workdir / "checkpoints.1") == [2]
     assert len(read_records(workdir / "metrics.jsonl")) == 2
+
+
+def test_a_new_run_starts_from_the_weights_of_another(config, whole_run, tmp_path):
+    """Straight from the run, and from a folder it was exported to: the same first evaluation."""
+    DeepSeekV3.from_pretrained(whole_run).save_pretrained(tmp_path / "folder", dtype="f32")
+    last = read_records(whole_run / "metrics.jsonl")[-1]["validation_loss"]
+    for path in (whole_run, tmp_path / "folder"):
+        checkpoint = replace(config.checkpoint, initial_weights=str(path))
+        run = replace(config.run, num_steps=2)
+        workdir = tmp_path / f"from_{path.name}"
+        assert train(replace(config, checkpoint=checkpoint, run=run), workdir) == 0
+        first = read_records(workdir / "metrics.jsonl")[0]
+        assert first["step"] == first["tokens"] == 0
+        other = read_records(whole_run / "metrics.jsonl")[0]["validation_loss"]
+        assert abs(first["validation_loss"] - last) < 1e-6 < abs(other - last)
+
+
+def test_weights_of_another_model_are_refused_before_any_work(config, whole_run, tmp_path):
+    model = replace(config.model, num_groups_kept=3)
+    checkpoint = replace(config.checkpoint, initial_weights=str(whole_run))
+    with pytest.raises(UserError, match="num_groups_kept is 2 there and 3 here") as error:
+        train(replace(config, model=model, checkpoint=checkpoint), tmp_path / "run")
+    assert "\n" not in str(error.value) and not (tmp_path / "run").exists()
