@@ -4,9 +4,8 @@ Tensors that have the wanted dtype already pass byte for byte. Names, MTP's copi
 head included, stay as they are.
 """
 
-import functools
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +14,15 @@ import numpy as np
 from dsv3_jax.checkpoint import hf, hf_writer
 from dsv3_jax.checkpoint.hf_check import check_tensors, without_absent_mtp
 from dsv3_jax.checkpoint.hf_config import QUANTIZATION, read_model_config
-from dsv3_jax.checkpoint.hf_folder import NUMPY_DTYPES, Folder, StoredTensor, open_folder
+from dsv3_jax.checkpoint.hf_folder import (
+    NUMPY_DTYPES,
+    Folder,
+    StoredTensor,
+    open_folder,
+    row_ranges,
+)
 from dsv3_jax.checkpoint.hf_tokenizer import source_files
+from dsv3_jax.checkpoint.on_cpu import on_cpu
 from dsv3_jax.errors import UserError
 
 _CHUNK_NUMBERS = 8 << 20  # handled at a time: at most 32 MiB
@@ -91,19 +97,21 @@ class _Converter:
         if tensor.is_scale and tensor.name in self._new_scales:
             yield self._new_scales.pop(tensor.name)
         elif stored.dtype == tensor.dtype:
-            yield from map(stored.read, _row_ranges(stored))
+            yield from map(stored.read, row_ranges(stored.shape, _CHUNK_NUMBERS))
         elif tensor.dtype == "F8_E4M3":
             yield from self._quantized(stored)
         elif stored.dtype == "F8_E4M3":
             yield from self._dequantized(stored, tensor.dtype)
         else:
-            for rows in _row_ranges(stored):
+            for rows in row_ranges(stored.shape, _CHUNK_NUMBERS):
                 yield stored.read(rows).astype(NUMPY_DTYPES[tensor.dtype])
 
     def _quantized(self, stored: StoredTensor) -> Iterator[np.ndarray]:
+        from pallas_kernels import quantize_blocks  # it imports JAX, after every check
+
         parts = []
-        for rows in _row_ranges(stored):
-            codes, scales = _on_cpu("quantize_blocks", stored.read(rows))
+        for rows in row_ranges(stored.shape, _CHUNK_NUMBERS):
+            codes, scales = on_cpu(quantize_blocks, stored.read(rows))
             if not np.isfinite(scales).all():
                 raise UserError(
                     f"{stored.name} in {stored.file} holds NaN or infinity, which blocks of FP8 "
@@ -114,41 +122,14 @@ class _Converter:
         self._new_scales = {stored.name + hf.SCALE_SUFFIX: np.concatenate(parts)}
 
     def _dequantized(self, stored: StoredTensor, dtype: str) -> Iterator[np.ndarray]:
+        from pallas_kernels import dequantize_blocks
+
         scales = self._folder.tensors[stored.name + hf.SCALE_SUFFIX].read()
-        for rows in _row_ranges(stored):
+        for rows in row_ranges(stored.shape, _CHUNK_NUMBERS):
             blocks = slice(rows.start // hf.BLOCK_SIZE, -(-rows.stop // hf.BLOCK_SIZE))
-            yield _on_cpu(
-                "dequantize_blocks",
+            yield on_cpu(
+                dequantize_blocks,
                 stored.read(rows),
                 scales[blocks],
                 out_dtype=NUMPY_DTYPES[dtype],
             )
-
-
-def _on_cpu(name: str, *arrays: np.ndarray, **settings: Any) -> Any:
-    """Runs a function of `pallas_kernels`, compiled for the CPU whatever devices there are.
-
-    JAX takes a second to import, so that happens here, after every check.
-    """
-    import jax
-
-    with jax.default_device(jax.local_devices(backend="cpu")[0]):
-        return jax.tree.map(np.asarray, _compiled(name, **settings)(*arrays))
-
-
-@functools.cache
-def _compiled(name: str, **settings: Any) -> Callable[..., Any]:
-    import jax
-
-    import pallas_kernels
-
-    return jax.jit(functools.partial(getattr(pallas_kernels, name), **settings))
-
-
-def _row_ranges(stored: StoredTensor) -> Iterator[slice]:
-    """Whole blocks of rows, about _CHUNK_NUMBERS numbers each."""
-    num_rows, *rest = stored.shape or (1,)
-    blocks = _CHUNK_NUMBERS // (int(np.prod(rest)) * hf.BLOCK_SIZE)
-    step = max(1, blocks) * hf.BLOCK_SIZE
-    for first in range(0, num_rows, step):
-        yield slice(first, min(first + step, num_rows))

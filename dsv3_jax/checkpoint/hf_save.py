@@ -24,6 +24,7 @@ from dsv3_jax.checkpoint.hf_folder import NUMPY_DTYPES
 from dsv3_jax.checkpoint.hf_load import Source
 from dsv3_jax.checkpoint.hf_tokenizer import tokenizer_files
 from dsv3_jax.checkpoint.hf_writer import write_folder
+from dsv3_jax.checkpoint.on_cpu import on_cpu
 from dsv3_jax.data.tokenizer import Tokenizer
 from dsv3_jax.errors import UserError, did_you_mean
 from dsv3_jax.model.router import RouterBias
@@ -139,7 +140,7 @@ class _Weights:
             if tensor.dtype == "F8_E4M3":
                 self._scales.append(scales)
                 return codes
-            return np.asarray(_dequantize(codes, scales, dtype))
+            return on_cpu(dequantize_blocks, codes, scales, out_dtype=dtype)
         quantized = tensor.dtype == "F8_E4M3"
         kept_dtype = leaf.dtype if quantized else dtype
         rows = _stored(leaf, tensor.slot, tensor.shape[0], slice(first, last), kept_dtype)
@@ -147,21 +148,16 @@ class _Weights:
             return rows
         remembered = self._source.scales.get(tensor.name)
         if remembered is None:
-            codes, scales = _quantize(rows)
+            codes, scales = on_cpu(quantize_blocks, rows)
         else:
-            codes, scales = requantize_blocks(rows, remembered[blocks])
-        scales = np.asarray(scales)
+            codes, scales = on_cpu(requantize_blocks, rows, remembered[blocks])
         if not np.isfinite(scales).all():
             raise UserError(
                 f"{tensor.name} holds NaN or infinity, which blocks of FP8 cannot express; save "
                 f"an earlier checkpoint, or use dtype='bf16' or 'f32'"
             )
         self._scales.append(scales)
-        return np.asarray(codes)
-
-
-_quantize = jax.jit(quantize_blocks)
-_dequantize = jax.jit(dequantize_blocks, static_argnums=2)
+        return codes
 
 
 def _stored(

@@ -95,7 +95,6 @@ def dequantize_on_host(
     return w_NK.astype(dtype, copy=False)
 
 
-@jax.jit
 def requantize_blocks(w_NK: jax.Array, s_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
     """`quantize_blocks`, but blocks that come unchanged from FP8 get their codes and scale back.
 
@@ -111,7 +110,8 @@ def requantize_blocks(w_NK: jax.Array, s_BT: jax.Array) -> tuple[jax.Array, jax.
     new_q_NK, new_s_BT = quantize_blocks(w_NK)
     wide_s_NK = _widen(s_BT, w_NK.shape)
     q_NK = jnp.clip(w_NK.astype(jnp.float32) / wide_s_NK, -E4M3_MAX, E4M3_MAX)
-    q_NK = q_NK.astype(jnp.float8_e4m3fn)
+    # The barrier keeps XLA from dropping the cast there and back.
+    q_NK = jax.lax.optimization_barrier(q_NK.astype(jnp.float8_e4m3fn))
     same_NK = _bits(dequantize_blocks(q_NK, s_BT, w_NK.dtype)) == _bits(w_NK)
     same_NK &= ~jnp.isnan(w_NK)  # NaN comes back as itself too, but must not pass
     padding = [(0, -dim % BLOCK) for dim in w_NK.shape]

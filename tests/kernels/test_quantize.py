@@ -14,6 +14,13 @@ E4M3 = ml_dtypes.float8_e4m3fn
 SHAPES = [(1, 1), (128, 128), (256, 384), (100, 300), (129, 127), (576, 257)]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def on_the_cpu():
+    """Where checkpoints are converted; a GPU's division is not rounded exactly."""
+    with jax.default_device(jax.devices("cpu")[0]):
+        yield
+
+
 def by_numpy(w_NK, power_of_two=False):
     """Block after block, each with its own scalar scale."""
     w_NK = np.asarray(w_NK).astype(np.float32)
