@@ -5,6 +5,7 @@ anything is allocated. Reads are byte ranges: a process touches only the rows an
 and no file is mapped into its memory.
 """
 
+import io
 import json
 import math
 from collections.abc import Iterator
@@ -64,34 +65,32 @@ class StoredTensor:
         left, right, _ = columns.indices(width) if len(self.shape) > 1 else (0, width, 1)
         out = np.empty((last - first, right - left), dtype)
         start = self.offset + first * width * dtype.itemsize
-        if right - left == width:
-            self._read_into(out, start)
-        elif (right - left) * dtype.itemsize >= _SHORT_RUN_BYTES:
-            for i, row in enumerate(out):
-                self._read_into(row, start + (i * width + left) * dtype.itemsize)
-        else:  # whole rows, a few at a time
-            step = max(1, (8 << 20) // (width * dtype.itemsize))
-            for i in range(0, len(out), step):
-                count = min(step, len(out) - i)
-                whole = np.empty((count, width), dtype)
-                self._read_into(whole, start + i * width * dtype.itemsize)
-                out[i : i + count] = whole[:, left:right]
-        return out if len(self.shape) > 1 else out.reshape([last - first] * len(self.shape))
-
-    def _read_into(self, out: np.ndarray, offset: int) -> None:
-        """Fills a contiguous array from the file."""
-        view = memoryview(out.reshape(-1).view(np.uint8))
         try:
             with self.file.open("rb", buffering=0) as file:
-                file.seek(offset)
-                done = 0
-                while done < len(view):
-                    count = file.readinto(view[done:])
-                    if not count:
-                        raise UserError(f"{self.file} ends inside {self.name}; download it again")
-                    done += count
+                if right - left == width:
+                    self._read_into(out, file, start)
+                elif (right - left) * dtype.itemsize >= _SHORT_RUN_BYTES:
+                    for i, row in enumerate(out):
+                        self._read_into(row, file, start + (i * width + left) * dtype.itemsize)
+                else:  # whole rows, a few at a time
+                    step = max(1, (8 << 20) // (width * dtype.itemsize))
+                    for i in range(0, len(out), step):
+                        whole = np.empty((min(step, len(out) - i), width), dtype)
+                        self._read_into(whole, file, start + i * width * dtype.itemsize)
+                        out[i : i + step] = whole[:, left:right]
         except OSError as error:
             raise UserError(f"{self.file} cannot be read ({error.strerror})") from None
+        return out if len(self.shape) > 1 else out.reshape([last - first] * len(self.shape))
+
+    def _read_into(self, out: np.ndarray, file: io.FileIO, offset: int) -> None:
+        """Fills a contiguous array from the open file."""
+        view = memoryview(out.reshape(-1).view(np.uint8))
+        file.seek(offset)
+        while view:
+            count = file.readinto(view)
+            if not count:
+                raise UserError(f"{self.file} ends inside {self.name}; download it again")
+            view = view[count:]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -93,6 +93,11 @@ def load_folder(
             f"{folder.path} does not hold {some(sorted(others))} in FP8, as dtype=float8_e4m3fn "
             f"needs; convert it first: python -m tools.convert_checkpoint --to=hf --dtype=fp8"
         )
+    if mesh is not None and not {"data", "expert"} <= set(mesh.axis_names):
+        raise UserError(
+            f"the mesh has the axes {', '.join(mesh.axis_names)}; it must have data and expert, as "
+            f"parallel.mesh.make_mesh gives it"
+        )
     if mesh is not None and model.num_experts % mesh.shape["expert"]:
         raise UserError(
             f"the mesh splits {model.num_experts} experts over {mesh.shape['expert']} devices; "

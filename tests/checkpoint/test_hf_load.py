@@ -370,6 +370,9 @@ def test_what_cannot_be_loaded_is_one_line(tmp_path, monkeypatch):
     mesh = Mesh(np.array(jax.devices()[:3]).reshape(1, 1, 3), ("pipe", "data", "expert"))
     with pytest.raises(UserError, match="make its axis 'expert' divide 8"):
         DeepSeekV3.from_pretrained(tmp_path / "hf", mesh=mesh)
+    mesh = Mesh(np.array(jax.devices()[:2]), ("model",))
+    with pytest.raises(UserError, match="the mesh has the axes model;"):
+        DeepSeekV3.from_pretrained(tmp_path / "hf", mesh=mesh)
     rewrite(tmp_path / "cut", lambda tensors: tensors.pop("model.norm.weight"))
     with pytest.raises(UserError, match="model.norm.weight"):
         DeepSeekV3.from_pretrained(tmp_path / "cut")
