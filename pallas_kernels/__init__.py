@@ -1,5 +1,29 @@
 """Pallas kernels, a folder an operation: `reference.py` specifies, `gpu.py` and `tpu.py` run."""
 
-from pallas_kernels.quantize import dequantize_blocks, quantize_blocks
+from pallas_kernels.fp8_matmul import fp8_matmul
+from pallas_kernels.grouped_fp8_matmul import (
+    grouped_fp8_matmul,
+    grouped_fp8_weight_gradient,
+    masked_fp8_matmul,
+)
+from pallas_kernels.quantize import (
+    dequantize_blocks,
+    dequantize_tiles,
+    quantize_blocks,
+    quantize_columns,
+    quantize_tiles,
+    retile,
+)
 
-__all__ = ["dequantize_blocks", "quantize_blocks"]
+__all__ = [
+    "dequantize_blocks",
+    "dequantize_tiles",
+    "fp8_matmul",
+    "grouped_fp8_matmul",
+    "grouped_fp8_weight_gradient",
+    "masked_fp8_matmul",
+    "quantize_blocks",
+    "quantize_columns",
+    "quantize_tiles",
+    "retile",
+]

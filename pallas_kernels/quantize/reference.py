@@ -1,7 +1,7 @@
-"""Block quantisation to E4M3 in plain jax.numpy: the definition (spec §5.1).
+"""Quantisation to E4M3 with float32 scales in plain jax.numpy: the definition (spec §5.1, §5.3).
 
-Letters: N rows and K columns of a matrix, B and T its 128x128 blocks along them; the last block of
-a row or column may be ragged.
+Letters: M or N rows and K columns of a matrix; R or B and T its tiles of 128 along them, the last
+of which may be ragged.
 """
 
 import jax
@@ -12,34 +12,69 @@ E4M3_MAX = 448.0
 _SMALLEST_MAX = 1e-4  # of a block: keeps the scale of a block of zeros away from 0 (spec §5.1)
 
 
+def quantize_tiles_reference(
+    x_MK: jax.Array, power_of_two: bool = False
+) -> tuple[jax.Array, jax.Array]:
+    """E4M3 codes of activations, a scale a row and 128 columns (1x128): x is about q * s.
+
+    s = max|x| / 448 over a tile, the maximum taken as at least 1e-4; q = x / s in float32, clipped
+    to +-448 and rounded once. A NaN or infinity makes its tile's scale one too.
+
+    Args:
+      x_MK: [M, K] of any float dtype.
+      power_of_two: round each scale up to a power of two.
+
+    Returns:
+      q_MK: [M, K] float8_e4m3fn.
+      s_MT: [M, ceil(K / 128)] float32.
+    """
+    return _quantize(x_MK, 1, power_of_two)
+
+
+def quantize_columns_reference(
+    x_MK: jax.Array, power_of_two: bool = False
+) -> tuple[jax.Array, jax.Array]:
+    """E4M3 codes with a scale a column and 128 rows (128x1), transposed: operands of Wgrad.
+
+    The rows are what Wgrad reduces over, so they become the contiguous dim.
+
+    Returns:
+      q_KM: [K, M] float8_e4m3fn.
+      s_KR: [K, ceil(M / 128)] float32.
+    """
+    return _quantize(x_MK.T, 1, power_of_two)
+
+
+def retile_reference(
+    q_MK: jax.Array, s_MT: jax.Array, power_of_two: bool = False
+) -> tuple[jax.Array, jax.Array]:
+    """1x128 to 128x1 (spec §5.1): dequantised in float32, transposed, quantised again.
+
+    Returns:
+      q_KM and s_KR, as `quantize_columns_reference`.
+    """
+    return quantize_columns_reference(
+        dequantize_tiles_reference(q_MK, s_MT, jnp.float32), power_of_two
+    )
+
+
 def quantize_blocks_reference(
     w_NK: jax.Array, power_of_two: bool = False
 ) -> tuple[jax.Array, jax.Array]:
-    """E4M3 codes and the scales that multiply them: w is about q * s.
-
-    s = max|w| / 448 over a block, the maximum taken as at least 1e-4; q = w / s in float32, clipped
-    to +-448 and rounded once. A NaN or infinity makes its block's scale one too.
-
-    Args:
-      w_NK: [N, K] of any float dtype.
-      power_of_two: round each scale up to a power of two.
+    """E4M3 codes of weights, a scale a block of 128x128; otherwise as `quantize_tiles_reference`.
 
     Returns:
       q_NK: [N, K] float8_e4m3fn.
       s_BT: [ceil(N / 128), ceil(K / 128)] float32.
     """
-    w_BRTC = _in_blocks(w_NK)
-    max_BT = _largest(w_BRTC).astype(jnp.float32)
-    # Not `maximum`, for the reason given at `_largest`.
-    s_BT = _divide(jnp.where(max_BT < _SMALLEST_MAX, _SMALLEST_MAX, max_BT), E4M3_MAX)
-    if power_of_two:
-        s_BT = _next_power_of_two(s_BT)
-    # Fused with the cast, the maximum over a block is taken 4 times slower on a CPU.
-    w_BRTC, s_BT = jax.lax.optimization_barrier((w_BRTC, s_BT))
-    x_BRTC = _divide(w_BRTC.astype(jnp.float32), s_BT[:, None, :, None])
-    # XLA casts values above 464 to NaN, so they are clipped first.
-    q_BRTC = jnp.clip(x_BRTC, -E4M3_MAX, E4M3_MAX).astype(jnp.float8_e4m3fn)
-    return _from_blocks(q_BRTC, w_NK.shape), s_BT
+    return _quantize(w_NK, BLOCK, power_of_two)
+
+
+def dequantize_tiles_reference(
+    q_MK: jax.Array, s_MT: jax.Array, out_dtype: jnp.dtype = jnp.bfloat16
+) -> jax.Array:
+    """q * s in float32, rounded once to `out_dtype`; tiles of 1x128."""
+    return _dequantize(q_MK, s_MT, 1, out_dtype)
 
 
 def dequantize_blocks_reference(
@@ -54,20 +89,40 @@ def dequantize_blocks_reference(
     Returns:
       [N, K] of `out_dtype`.
     """
-    x_BRTC = _in_blocks(q_NK).astype(jnp.float32) * s_BT[:, None, :, None]
+    return _dequantize(q_NK, s_BT, BLOCK, out_dtype)
+
+
+def _quantize(x_NK, rows, power_of_two):
+    """Blocks of `rows` x 128."""
+    x_BRTC = _in_blocks(x_NK, rows)
+    max_BT = _largest(x_BRTC).astype(jnp.float32)
+    # Not `maximum`, for the reason given at `_largest`.
+    s_BT = _divide(jnp.where(max_BT < _SMALLEST_MAX, _SMALLEST_MAX, max_BT), E4M3_MAX)
+    if power_of_two:
+        s_BT = _next_power_of_two(s_BT)
+    # Fused with the cast, the maximum over a block is taken 4 times slower on a CPU.
+    x_BRTC, s_BT = jax.lax.optimization_barrier((x_BRTC, s_BT))
+    x_BRTC = _divide(x_BRTC.astype(jnp.float32), s_BT[:, None, :, None])
+    # XLA casts values above 464 to NaN, so they are clipped first.
+    q_BRTC = jnp.clip(x_BRTC, -E4M3_MAX, E4M3_MAX).astype(jnp.float8_e4m3fn)
+    return _from_blocks(q_BRTC, x_NK.shape), s_BT
+
+
+def _dequantize(q_NK, s_BT, rows, out_dtype):
+    x_BRTC = _in_blocks(q_NK, rows).astype(jnp.float32) * s_BT[:, None, :, None]
     return _from_blocks(x_BRTC.astype(out_dtype), q_NK.shape)
 
 
-def _in_blocks(x_NK: jax.Array) -> jax.Array:
-    """[B, 128, T, 128], ragged edges filled with zeros."""
+def _in_blocks(x_NK: jax.Array, rows: int) -> jax.Array:
+    """[B, rows, T, 128], ragged edges filled with zeros."""
     N, K = x_NK.shape
-    x_NK = jnp.pad(x_NK, ((0, -N % BLOCK), (0, -K % BLOCK)))
-    return x_NK.reshape(-(-N // BLOCK), BLOCK, -(-K // BLOCK), BLOCK)
+    x_NK = jnp.pad(x_NK, ((0, -N % rows), (0, -K % BLOCK)))
+    return x_NK.reshape(-(-N // rows), rows, -(-K // BLOCK), BLOCK)
 
 
 def _from_blocks(x_BRTC: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    B, _, T, _ = x_BRTC.shape
-    return x_BRTC.reshape(B * BLOCK, T * BLOCK)[: shape[0], : shape[1]]
+    B, rows, T, _ = x_BRTC.shape
+    return x_BRTC.reshape(B * rows, T * BLOCK)[: shape[0], : shape[1]]
 
 
 def _largest(w_BRTC: jax.Array) -> jax.Array:
