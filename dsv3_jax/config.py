@@ -91,9 +91,20 @@ class ParallelConfig:
 class PrecisionConfig:
     """Number formats. Master weights and weight gradients are always float32."""
 
-    compute: str = "bfloat16"  # matmul operands: 'bfloat16' or 'float32'
+    compute: str = "bfloat16"  # matmul operands: 'bfloat16', 'float32' or 'fp8' (spec §5)
     moments: str = "bfloat16"  # AdamW m and v (spec §5.4)
     remat: str = "paper"  # activations recomputed: 'none', 'paper' (spec §5.5) or 'full'
+    # Departures from the FP8 recipe, for ablation (spec §5.2, §5.7).
+    gradient_scales: str = (
+        "tiles"  # activation gradients: a scale a 1x128 tile, or 'blocks': 128x128
+    )
+    scales: str = "fine"  # 'tensor': one scale for a whole operand
+    promotion: bool = True  # false: emulates sums that stay in the tensor cores' 14 bits
+
+    @property
+    def activations(self) -> str:
+        """Dtype of what flows between the products."""
+        return "bfloat16" if self.compute == "fp8" else self.compute
 
 
 @dataclass(frozen=True, kw_only=True)

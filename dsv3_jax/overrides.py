@@ -13,6 +13,14 @@ from dsv3_jax.config import Config, SourceConfig
 from dsv3_jax.errors import UserError, did_you_mean
 from dsv3_jax.validate import scalar_types, type_name, validate
 
+# `--set precision=fp8`: what it sets, and to what.
+_SHORTHANDS = {
+    "precision": (
+        "precision.compute",
+        {"fp8": "fp8", "bf16": "bfloat16", "f32": "float32"},
+    )
+}
+
 
 def load_config(name: str, overrides: Sequence[str] = ()) -> Config:
     """Returns the config called `name` with the overrides applied in order, validated.
@@ -26,7 +34,7 @@ def load_config(name: str, overrides: Sequence[str] = ()) -> Config:
         --set 'data.sources=jsonl:/data/a.jsonl#content*0.7,text:/data/books/*.txt*0.3'
 
     PATH is a file, folder or glob without commas; a last `*` counts as a weight when a number
-    follows it.
+    follows it. `precision=fp8`, `=bf16` and `=f32` are short for `precision.compute=...`.
 
     Args:
       name: a run of `dsv3_jax.configs`.
@@ -40,6 +48,8 @@ def load_config(name: str, overrides: Sequence[str] = ()) -> Config:
         key, equals, text = override.partition("=")
         if not equals:
             raise UserError(f"--set {override!r} is not KEY=VALUE; e.g. --set optim.peak_lr=3e-4")
+        if key in _SHORTHANDS:
+            key, text = _expand(key, text)
         annotation = _annotation(key)
         config = _replace(config, key.split("."), _parse(key, text, annotation))
     validate(config)
@@ -60,6 +70,15 @@ def from_dict(values: Mapping[str, Any]) -> Config:
     config = _build(Config, values, "")
     validate(config)
     return config
+
+
+def _expand(key: str, text: str) -> tuple[str, str]:
+    """The full key and value of a shorthand."""
+    full_key, values = _SHORTHANDS[key]
+    if text not in values:
+        hint = did_you_mean(text, values)
+        raise UserError(f"--set {key}={text!r} is unknown;{hint} allowed: {', '.join(values)}")
+    return full_key, values[text]
 
 
 def _keys(section_type: type, prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
 from typing import Any, get_args, get_type_hints
 
-from dsv3_jax.config import Config, DataConfig, ModelConfig, ParallelConfig
+from dsv3_jax.config import Config, DataConfig, ModelConfig, ParallelConfig, PrecisionConfig
 from dsv3_jax.errors import UserError, did_you_mean
 
 CHOICES = {
@@ -16,9 +16,11 @@ CHOICES = {
     "balance.method": ("loss_free", "auxiliary", "none"),
     "parallel.layout": ("zero1_ep", "fsdp_ep"),
     "parallel.dispatch": ("padded", "ragged", "hierarchical"),
-    "precision.compute": ("bfloat16", "float32"),
+    "precision.compute": ("bfloat16", "float32", "fp8"),
     "precision.moments": ("bfloat16", "float32"),
     "precision.remat": ("none", "paper", "full"),
+    "precision.gradient_scales": ("tiles", "blocks"),
+    "precision.scales": ("fine", "tensor"),
     "data.sources.kind": ("python", "text", "jsonl", "parquet", "arrayrecord"),
 }
 
@@ -78,6 +80,7 @@ def validate(config: Config) -> None:
     _check_divides(
         "model.num_experts", config.model.num_experts, "parallel.expert", config.parallel.expert
     )
+    _check_precision(config.precision)
     _check_batch(config.data, config.parallel, config.microbatch_sequences)
     _check_data(config.data, config.model)
     if config.parallel.pipe > 1:
@@ -191,6 +194,18 @@ def _check_model(model: ModelConfig) -> None:
             f"model.yarn.beta_fast={model.yarn.beta_fast} must exceed "
             f"model.yarn.beta_slow={model.yarn.beta_slow}"
         )
+
+
+def _check_precision(precision: PrecisionConfig) -> None:
+    if precision.compute == "fp8":
+        return
+    for item in fields(PrecisionConfig):
+        value = getattr(precision, item.name)
+        if item.name in ("gradient_scales", "scales", "promotion") and value != item.default:
+            raise UserError(
+                f"precision.{item.name}={value} has no effect with precision.compute="
+                f"{precision.compute}; set precision.compute=fp8 or leave it out"
+            )
 
 
 def _check_batch(data: DataConfig, parallel: ParallelConfig, rows: int) -> None:

@@ -42,6 +42,7 @@ def test_every_preset_validates_and_survives_json(name):
         ("data.deduplicate=false", False),
         ("data.tokenizer=/a=b/tokenizer.json", "/a=b/tokenizer.json"),
         ("balance.method=none", "none"),
+        ("precision.compute=fp8", "fp8"),
         ("data.sources=python", (SourceConfig(),)),
         ("data.sources=python:packages", (SourceConfig(path="packages"),)),
         (
@@ -61,6 +62,25 @@ def test_overrides_are_read_as_the_type_of_their_field(override, value):
         found = getattr(found, part)
     assert found == value and type(found) is type(value)
     assert from_dict(to_dict(config)) == config
+
+
+@pytest.mark.parametrize(
+    ("short", "compute", "activations"),
+    [("fp8", "fp8", "bfloat16"), ("bf16", "bfloat16", "bfloat16"), ("f32", "float32", "float32")],
+)
+def test_precision_is_short_for_its_compute_format(short, compute, activations):
+    config = load_config("tiny", [f"precision={short}"])
+    assert config == load_config("tiny", [f"precision.compute={compute}"])
+    assert config.precision.activations == activations
+    assert from_dict(to_dict(config)) == config
+
+
+def test_ablations_of_fp8_are_read():
+    ablations = ["gradient_scales=blocks", "scales=tensor", "promotion=false"]
+    overrides = ["precision=fp8", *(f"precision.{ablation}" for ablation in ablations)]
+    precision = load_config("tiny", overrides).precision
+    assert (precision.gradient_scales, precision.scales) == ("blocks", "tensor")
+    assert precision.promotion is False
 
 
 def test_overrides_apply_in_order_and_leave_the_rest():
@@ -130,6 +150,12 @@ def test_overrides_apply_in_order_and_leave_the_rest():
         ("data.sources=python,jsonl:/a*0", ["data.sources[1].weight=0.0"]),
         ("data.sources=python*-1", ["data.sources[0].weight=-1.0"]),
         ("data.sources=python*1e", ["a number"]),
+        ("precision=fp16", ["precision='fp16'", "allowed: fp8, bf16, f32"]),
+        ("precision=", ["allowed: fp8, bf16, f32"]),
+        ("precision.compute=fp88", ["did you mean 'fp8'", "bfloat16, float32, fp8"]),
+        ("precision.gradient_scales=blocks", ["no effect", "precision.compute=fp8"]),
+        ("precision.scales=tensor", ["no effect", "precision.compute=fp8"]),
+        ("precision.promotion=false", ["no effect", "precision.compute=fp8"]),
     ],
 )
 def test_bad_overrides_are_one_line_with_the_remedy(override, words):

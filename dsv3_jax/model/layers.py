@@ -9,7 +9,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from dsv3_jax.model.runtime import Runtime
-from dsv3_jax.precision.policy import dot
+from dsv3_jax.precision.fp8 import fp8_linear
+from dsv3_jax.precision.fp8_weight import as_fp8
+from dsv3_jax.precision.policy import LINEARS, dot
 
 
 def parameter(
@@ -21,14 +23,29 @@ def parameter(
 
 
 class Linear(nnx.Module):
-    """y = x W without bias (spec §1): [..., I] -> [..., O], kernel [I, O]."""
+    """y = x W without bias (spec §1): [..., I] -> [..., O], kernel [I, O].
 
-    def __init__(self, rngs, d_in, d_out, axes, std, runtime: Runtime):
+    `role` is a key of `policy.LINEARS`, which says in what format it multiplies.
+    """
+
+    def __init__(self, rngs, d_in, d_out, axes, std, runtime: Runtime, role: str):
+        assert role in LINEARS, role
         self.kernel = parameter(rngs, (d_in, d_out), axes, std)
         self.runtime = runtime
+        self.role = role
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return dot(x, self.kernel[...], self.runtime.compute_dtype)
+        recipe, fp8 = self.runtime.fp8, LINEARS[self.role]
+        if recipe is None or fp8 is None:
+            return dot(x, self.kernel[...], self.runtime.compute_dtype)
+        return fp8_linear(
+            x,
+            as_fp8(self.kernel[...], recipe),
+            recipe,
+            power_of_two=fp8.power_of_two_input,
+            mesh=self.runtime.mesh,
+            name=f"{self.role}_in",
+        )
 
 
 class RMSNorm(nnx.Module):

@@ -29,15 +29,15 @@ class MLA(nnx.Module):
         keys_values = c.num_heads * (c.qk_nope_head_dim + c.v_head_dim)
         outputs = c.num_heads * c.v_head_dim
         if Q is None:
-            self.wq = Linear(rngs, D, queries, ("embed", "heads"), std, runtime)
+            self.wq = Linear(rngs, D, queries, ("embed", "heads"), std, runtime, "wq")
         else:
-            self.wq_a = Linear(rngs, D, Q, ("embed", "q_latent"), std, runtime)
+            self.wq_a = Linear(rngs, D, Q, ("embed", "q_latent"), std, runtime, "wq_a")
             self.q_norm = RMSNorm(Q, eps)
-            self.wq_b = Linear(rngs, Q, queries, ("q_latent", "heads"), std, runtime)
-        self.wkv_a = Linear(rngs, D, L + R, ("embed", "kv_latent"), std, runtime)
+            self.wq_b = Linear(rngs, Q, queries, ("q_latent", "heads"), std, runtime, "wq_b")
+        self.wkv_a = Linear(rngs, D, L + R, ("embed", "kv_latent"), std, runtime, "wkv_a")
         self.kv_norm = RMSNorm(L, eps)
-        self.wkv_b = Linear(rngs, L, keys_values, ("kv_latent", "heads"), std, runtime)
-        self.wo = Linear(rngs, outputs, D, ("heads", "embed"), std, runtime)
+        self.wkv_b = Linear(rngs, L, keys_values, ("kv_latent", "heads"), std, runtime, "wkv_b")
+        self.wo = Linear(rngs, outputs, D, ("heads", "embed"), std, runtime, "wo")
 
     def __call__(
         self, x_BTD: jax.Array, *, cos_sin: rope.CosSin, segments_BT: jax.Array | None = None

@@ -32,8 +32,8 @@ class FeedForward(nnx.Module):
     """W2 (silu(W1 x) * W3 x): dense blocks and the shared expert. [..., D] -> [..., D]."""
 
     def __init__(self, rngs: nnx.Rngs, width: int, ffn_width: int, std: float, runtime: Runtime):
-        self.w13 = Linear(rngs, width, 2 * ffn_width, ("embed", "ffn"), std, runtime)
-        self.w2 = Linear(rngs, ffn_width, width, ("ffn", "embed"), std, runtime)
+        self.w13 = Linear(rngs, width, 2 * ffn_width, ("embed", "ffn"), std, runtime, "w13")
+        self.w2 = Linear(rngs, ffn_width, width, ("ffn", "embed"), std, runtime, "w2")
 
     def __call__(self, x_D: jax.Array) -> jax.Array:
         h_2F = checkpoint_name(self.w13(x_D), "w13_out")

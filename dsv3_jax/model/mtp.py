@@ -23,7 +23,9 @@ class MTP(nnx.Module):
         c = config
         self.enorm = RMSNorm(c.width, c.norm_epsilon)
         self.hnorm = RMSNorm(c.width, c.norm_epsilon)
-        self.proj = Linear(rngs, 2 * c.width, c.width, (None, "embed"), c.init_std, runtime)
+        self.proj = Linear(
+            rngs, 2 * c.width, c.width, (None, "embed"), c.init_std, runtime, "mtp_proj"
+        )
         self.block = Block(c, moe=True, runtime=runtime, rngs=rngs)
         self.out_norm = RMSNorm(c.width, c.norm_epsilon)
 

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from dsv3_jax.config import Config
+from dsv3_jax.precision.policy import Fp8Recipe, fp8_recipe
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,7 +18,8 @@ class Runtime:
     """
 
     mesh: Mesh | None = None
-    compute_dtype: jnp.dtype = jnp.dtype(jnp.float32)  # matmul operands and activations
+    compute_dtype: jnp.dtype = jnp.dtype(jnp.float32)  # activations, and operands not in FP8
+    fp8: Fp8Recipe | None = None  # how the Linears of `policy.LINEARS` multiply; None: as the rest
     remat: str = "none"  # 'none', 'paper' (spec §5.5), 'full'
     attention: str | None = None  # None: the best that accepts the shapes; 'blockwise', 'cudnn'
     grouped_matmul: str | None = None  # None: by platform; see `parallel/grouped_matmul.py`
@@ -34,7 +36,8 @@ class Runtime:
     def from_config(cls, config: Config, mesh: Mesh | None) -> "Runtime":
         return cls(
             mesh=mesh,
-            compute_dtype=jnp.dtype(config.precision.compute),
+            compute_dtype=jnp.dtype(config.precision.activations),
+            fp8=fp8_recipe(config.precision),
             remat=config.precision.remat,
             dispatch=config.parallel.dispatch,
             devices_per_node=config.parallel.devices_per_node,

@@ -45,7 +45,9 @@ class DeepSeekV3(nnx.Module):
         self.dense_blocks = _stack(lambda r: block(moe=False, rngs=r), c.num_dense_layers, rngs)
         self.moe_blocks = _stack(lambda r: block(moe=True, rngs=r), c.num_moe_layers, rngs)
         self.final_norm = RMSNorm(c.width, c.norm_epsilon)
-        self.head = Linear(rngs, c.width, c.vocab_size, ("embed", "vocab"), c.init_std, runtime)
+        self.head = Linear(
+            rngs, c.width, c.vocab_size, ("embed", "vocab"), c.init_std, runtime, "head"
+        )
         self.mtp = _stack(lambda r: MTP(c, runtime=runtime, rngs=r), c.mtp_depth, rngs)
 
     @classmethod

@@ -86,6 +86,6 @@ def device_memory(config: Config) -> MemoryEstimate:
         parameters=parameters,
         gradients=gradients,
         moments=moments,
-        activations=tokens_a_device * width * _ITEMSIZE[config.precision.compute],
+        activations=tokens_a_device * width * _ITEMSIZE[config.precision.activations],
         logits=2 * 4 * min(tokens_a_device * config.model.vocab_size, LOGITS_BUDGET),
     )

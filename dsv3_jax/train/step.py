@@ -1,6 +1,7 @@
 """One optimizer step: accumulate micro-batches, clip, AdamW, then the router bias."""
 
 from collections.abc import Callable
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +10,8 @@ from flax import nnx
 
 from dsv3_jax.config import Config
 from dsv3_jax.model.router import max_violation, update_bias
+from dsv3_jax.precision.fp8_weight import quantize_weights, with_masters
+from dsv3_jax.precision.policy import fp8_recipe
 from dsv3_jax.train.losses import evaluation_loss, model_losses
 from dsv3_jax.train.optim import adamw, clip_by_global_norm
 from dsv3_jax.train.state import TrainState
@@ -26,11 +29,13 @@ def make_train_step(
     `grad_norm` before clipping, `max_violation` per MoE layer, `counts` [layers, E].
     """
     optimizer = adamw(config.optim, jnp.dtype(config.precision.moments))
+    recipe = fp8_recipe(config.precision)
     # Gradients go straight to the shard whose optimizer state needs them (ZeRO-1: reduce-scatter).
     gradient_shardings = shardings.opt_state.mean
 
-    def gradients(state, mtp_weight, batch):
+    def gradients(state, quantized, mtp_weight, batch):
         def total_loss(params):
+            params = with_masters(quantized, params)
             model = nnx.merge(graphdef, params, state.router_bias)
             losses, counts_LE = model_losses(model, batch, config.balance, mtp_weight)
             return losses.total, (losses, counts_LE)
@@ -40,14 +45,17 @@ def make_train_step(
 
     def accumulated(state, mtp_weight, batches):
         """Sums in float32 over the A micro-batches."""
-        if len(batches["tokens"]) == 1:
-            return gradients(state, mtp_weight, jax.tree.map(lambda x: x[0], batches))
+        # Once a step, not once a micro-batch: codes change only when their masters do.
+        quantized = quantize_weights(state.params, recipe, shardings.params)
+        gradients_of = partial(gradients, state, quantized, mtp_weight)
         first = jax.tree.map(lambda x: x[0], batches)
-        shapes = jax.eval_shape(gradients, state, mtp_weight, first)
+        if len(batches["tokens"]) == 1:
+            return gradients_of(first)
+        shapes = jax.eval_shape(gradients_of, first)
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), shapes)
 
         def add(total, batch):
-            return jax.tree.map(jnp.add, total, gradients(state, mtp_weight, batch)), None
+            return jax.tree.map(jnp.add, total, gradients_of(batch)), None
 
         return jax.lax.scan(add, zeros, batches)[0]
 

@@ -4,12 +4,18 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import dispatch
-from pallas_kernels.grouped_fp8_matmul import reference
+from pallas_kernels.grouped_fp8_matmul import reference, xla
 
 __all__ = ["grouped_fp8_matmul", "grouped_fp8_weight_gradient", "masked_fp8_matmul"]
 
-_PRODUCTS = {"reference": reference.grouped_fp8_matmul_reference}
-_WEIGHT_GRADIENTS = {"reference": reference.grouped_fp8_weight_gradient_reference}
+_PRODUCTS = {
+    "xla": xla.grouped_fp8_matmul_xla,
+    "reference": reference.grouped_fp8_matmul_reference,
+}
+_WEIGHT_GRADIENTS = {
+    "xla": xla.grouped_fp8_weight_gradient_xla,
+    "reference": reference.grouped_fp8_weight_gradient_reference,
+}
 _MASKED = {"reference": reference.masked_fp8_matmul_reference}
 
 

@@ -4,6 +4,8 @@ Letters: M or N rows and K columns of a matrix; R or B and T its tiles of 128 al
 of which may be ragged.
 """
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 
@@ -58,6 +60,62 @@ def retile_reference(
     )
 
 
+def quantize_tiles_and_columns_reference(
+    x_MK: jax.Array, power_of_two: bool = False
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """Both layouts of one matrix, as the gradient of an output needs them (Dgrad and Wgrad).
+
+    Returns:
+      q_MK and s_MT, as `quantize_tiles_reference`; q_KM and s_KR, as `quantize_columns_reference`.
+    """
+    return (
+        *quantize_tiles_reference(x_MK, power_of_two),
+        *quantize_columns_reference(x_MK, power_of_two),
+    )
+
+
+def swiglu_quantize_tiles_reference(
+    h_M2F: jax.Array, weight_M1: jax.Array | None = None, power_of_two: bool = False
+) -> tuple[jax.Array, jax.Array]:
+    """`quantize_tiles_reference` of silu(gate) * up [* weight], which is rounded to h's dtype.
+
+    Args:
+      h_M2F: [M, 2F], gate columns first.
+      weight_M1: [M, 1] float32, of the routed rows.
+
+    Returns:
+      q_MF: [M, F] float8_e4m3fn.
+      s_MT: [M, ceil(F / 128)] float32.
+    """
+    product_MF = gated(*jnp.split(h_M2F.astype(jnp.float32), 2, axis=-1), weight_M1)
+    return quantize_tiles_reference(product_MF.astype(h_M2F.dtype), power_of_two)
+
+
+def gated(
+    gate: jax.Array,
+    up: jax.Array,
+    weight: jax.Array | None = None,
+    silu: Callable[[jax.Array], jax.Array] = jax.nn.silu,
+) -> jax.Array:
+    """silu(gate) * up [* weight] (spec §1)."""
+    product = silu(gate) * up
+    return product if weight is None else product * weight
+
+
+def rms_norm_quantize_tiles_reference(
+    x_MD: jax.Array, gain_D: jax.Array, epsilon: float, power_of_two: bool = False
+) -> tuple[jax.Array, jax.Array]:
+    """`quantize_tiles_reference` of x / rms(x) * gain, in float32, rounded to x's dtype (spec §1).
+
+    Returns:
+      q_MD: [M, D] float8_e4m3fn.
+      s_MT: [M, ceil(D / 128)] float32.
+    """
+    x32_MD = x_MD.astype(jnp.float32)
+    inverse_M1 = jax.lax.rsqrt(jnp.mean(x32_MD * x32_MD, axis=-1, keepdims=True) + epsilon)
+    return quantize_tiles_reference((x32_MD * inverse_M1 * gain_D).astype(x_MD.dtype), power_of_two)
+
+
 def quantize_blocks_reference(
     w_NK: jax.Array, power_of_two: bool = False
 ) -> tuple[jax.Array, jax.Array]:
@@ -68,6 +126,24 @@ def quantize_blocks_reference(
       s_BT: [ceil(N / 128), ceil(K / 128)] float32.
     """
     return _quantize(w_NK, BLOCK, power_of_two)
+
+
+def quantize_blocks_both_reference(w_IO: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Codes of weights for both products they are in: Dgrad reduces over O, Fprop over I.
+
+    Args:
+      w_IO: [..., I, O] of any float dtype; a matrix for every index of the leading dims.
+
+    Returns:
+      q_IO: [..., I, O] float8_e4m3fn.
+      q_OI: [..., O, I], the same codes.
+      s_BT: [..., ceil(I / 128), ceil(O / 128)] float32.
+    """
+    quantize = quantize_blocks_reference
+    for _ in range(w_IO.ndim - 2):
+        quantize = jax.vmap(quantize)
+    q_IO, s_BT = quantize(w_IO)
+    return q_IO, jnp.swapaxes(q_IO, -1, -2), s_BT
 
 
 def dequantize_tiles_reference(
@@ -95,17 +171,33 @@ def dequantize_blocks_reference(
 def _quantize(x_NK, rows, power_of_two):
     """Blocks of `rows` x 128."""
     x_BRTC = _in_blocks(x_NK, rows)
-    max_BT = _largest(x_BRTC).astype(jnp.float32)
-    # Not `maximum`, for the reason given at `_largest`.
-    s_BT = _divide(jnp.where(max_BT < _SMALLEST_MAX, _SMALLEST_MAX, max_BT), E4M3_MAX)
-    if power_of_two:
-        s_BT = _next_power_of_two(s_BT)
+    s_BT = scales(_largest(x_BRTC).astype(jnp.float32), power_of_two)
     # Fused with the cast, the maximum over a block is taken 4 times slower on a CPU.
     x_BRTC, s_BT = jax.lax.optimization_barrier((x_BRTC, s_BT))
-    x_BRTC = _divide(x_BRTC.astype(jnp.float32), s_BT[:, None, :, None])
+    x_BRTC = divide(x_BRTC.astype(jnp.float32), s_BT[:, None, :, None])
     # XLA casts values above 464 to NaN, so they are clipped first.
     q_BRTC = jnp.clip(x_BRTC, -E4M3_MAX, E4M3_MAX).astype(jnp.float8_e4m3fn)
     return _from_blocks(q_BRTC, x_NK.shape), s_BT
+
+
+def divide(x: jax.Array, y: jax.Array | float) -> jax.Array:
+    """x / y, rounded once.
+
+    XLA turns a division by a constant or by a broadcast value into a product with its rounded
+    reciprocal, which moves about one code in 2000; it must not see that y does not vary with x.
+    """
+    return x / (y + 0 * x)
+
+
+def scales(
+    max_BT: jax.Array,
+    power_of_two: bool,
+    divide: Callable[[jax.Array, float], jax.Array] = divide,
+) -> jax.Array:
+    """The float32 scales of blocks whose largest magnitudes are `max_BT` (spec §5.1)."""
+    # Not `maximum`, for the reason given at `_largest`.
+    s_BT = divide(jnp.where(max_BT < _SMALLEST_MAX, _SMALLEST_MAX, max_BT), E4M3_MAX)
+    return _next_power_of_two(s_BT) if power_of_two else s_BT
 
 
 def _dequantize(q_NK, s_BT, rows, out_dtype):
@@ -137,16 +229,8 @@ def _largest(w_BRTC: jax.Array) -> jax.Array:
     return jax.lax.bitcast_convert_type(bits_BT, w_BRTC.dtype)
 
 
-def _divide(x: jax.Array, y: jax.Array | float) -> jax.Array:
-    """x / y, rounded once.
-
-    XLA turns a division by a constant or by a broadcast value into a product with its rounded
-    reciprocal, which moves about one code in 2000; it must not see that y does not vary with x.
-    """
-    return x / (y + 0 * x)
-
-
 def _next_power_of_two(x: jax.Array) -> jax.Array:
-    """Rounds positive normal float32 up: any mantissa bit carries into the exponent."""
+    """Rounds positive normal float32 up: any mantissa bit carries into the exponent. NaN stays."""
     bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
-    return jax.lax.bitcast_convert_type((bits + 0x7FFFFF) & 0x7F800000, jnp.float32)
+    up = jax.lax.bitcast_convert_type((bits + 0x7FFFFF) & 0x7F800000, jnp.float32)
+    return jnp.where(jnp.isnan(x), x, up)

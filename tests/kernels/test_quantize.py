@@ -102,6 +102,17 @@ def test_power_of_two_scales_never_clip():
     assert (max_BT / s_BT <= 448).all() and (max_BT / s_BT > 224).all()
 
 
+@pytest.mark.parametrize("power_of_two", [False, True])
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_what_is_no_number_spoils_its_block_alone(bad, power_of_two):
+    w_NK = np.random.default_rng().normal(size=(200, 300)).astype(np.float32)
+    w_NK[150, 140] = bad
+    q_NK, s_BT = jax.jit(quantize_blocks, static_argnums=1)(w_NK, power_of_two)
+    assert np.isnan(s_BT).sum() == 1 and np.isnan(s_BT[1, 1])
+    is_nan_NK = np.isnan(np.asarray(q_NK, np.float32))
+    assert is_nan_NK[128:, 128:256].all() and is_nan_NK.sum() == 72 * 128
+
+
 def test_under_vmap_each_matrix_is_quantised_alone():
     w_ENK = jnp.asarray(np.random.default_rng().normal(size=(3, 200, 140)), jnp.bfloat16)
     q_ENK, s_EBT = jax.jit(jax.vmap(quantize_blocks))(w_ENK)

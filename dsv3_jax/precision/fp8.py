@@ -1,0 +1,210 @@
+"""FP8 products and their gradients (spec §5.1): what is quantised along which axis.
+
+    Fprop  Y = X W       X 1x128 along I     W 128x128
+    Dgrad  dX = dY W^T   dY 1x128 along O    W the same blocks
+    Wgrad  dW = X^T dY   X and dY 128x1 along the rows; float32
+
+Letters: M rows (tokens), I and O widths of a weight, N and K rows and columns of any operand, T
+and R tiles of 128 along the columns and the rows, S shards of the rows.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+
+from dsv3_jax.parallel.mesh import BATCH_AXES
+from dsv3_jax.precision.block_scaled import refuse_gradient
+from dsv3_jax.precision.policy import Fp8Recipe
+from pallas_kernels import (
+    dequantize_tiles,
+    fp8_matmul,
+    quantize_blocks,
+    quantize_columns,
+    quantize_tiles,
+    retile,
+)
+from pallas_kernels.fp8_matmul import reference as fp8_matmul_reference
+from pallas_kernels.quantize.reference import BLOCK, E4M3_MAX
+
+if TYPE_CHECKING:
+    from dsv3_jax.precision.fp8_weight import Fp8Weight
+
+Quantized = tuple[jax.Array, jax.Array]  # codes, scales
+
+
+def tiles(x_MK: jax.Array, recipe: Fp8Recipe, power_of_two: bool = False) -> Quantized:
+    """Activations for a product over K: q_MK, s_MT (1x128)."""
+    q_MK, s_MT = quantize_tiles(x_MK, power_of_two, recipe.implementation)
+    return _one_scale(x_MK, q_MK, s_MT, recipe)
+
+
+def gradient_tiles(dy_MN: jax.Array, recipe: Fp8Recipe, power_of_two: bool = False) -> Quantized:
+    """Activation gradients for Dgrad, a product over N: q_MN, s_MT.
+
+    With `gradient_scales='blocks'` 128 rows share a scale, which diverges (spec §5.7).
+    """
+    if recipe.gradient_scales == "tiles":
+        return tiles(dy_MN, recipe, power_of_two)
+    q_MN, s_RT = quantize_blocks(dy_MN, power_of_two)
+    s_MT = jnp.repeat(s_RT, BLOCK, axis=0)[: len(q_MN)]
+    return _one_scale(dy_MN, q_MN, s_MT, recipe)
+
+
+def columns(x_MK: jax.Array, recipe: Fp8Recipe, power_of_two: bool = False) -> Quantized:
+    """An operand of Wgrad, a product over M: q_KM, s_KR (128x1), transposed."""
+    q_KM, s_KR = quantize_columns(x_MK, power_of_two, recipe.implementation)
+    return _one_scale(x_MK.T, q_KM, s_KR, recipe)
+
+
+def columns_of_tiles(
+    q_MK: jax.Array, s_MT: jax.Array, recipe: Fp8Recipe, power_of_two: bool = False
+) -> Quantized:
+    """As `columns`, of what `tiles` kept of the forward pass (spec §5.1)."""
+    q_KM, s_KR = retile(q_MK, s_MT, power_of_two, recipe.implementation)
+    return _one_scale(dequantize_tiles(q_MK, s_MT, jnp.float32).T, q_KM, s_KR, recipe)
+
+
+def blocks(w_NK: jax.Array, recipe: Fp8Recipe) -> Quantized:
+    """Weights: q_NK and a scale a 128x128 block."""
+    q_NK, s_BT = quantize_blocks(w_NK)
+    return _one_scale(w_NK, q_NK, s_BT, recipe)
+
+
+def _one_scale(x_NK, q_NK, s_RT, recipe):
+    """The same quantisation with the largest scale for the whole tensor, if the recipe says so."""
+    if recipe.scales == "fine":
+        return q_NK, s_RT
+    s = jnp.max(s_RT)
+    # The barrier keeps XLA from multiplying by a rounded reciprocal instead.
+    s_NK = jax.lax.optimization_barrier(jnp.broadcast_to(s, x_NK.shape))
+    q_NK = jnp.clip(x_NK.astype(jnp.float32) / s_NK, -E4M3_MAX, E4M3_MAX)
+    return q_NK.astype(jnp.float8_e4m3fn), jnp.broadcast_to(s, s_RT.shape)
+
+
+def product(
+    q_MK: jax.Array,
+    s_MT: jax.Array,
+    q_NK: jax.Array,
+    s_BT: jax.Array,
+    out_dtype: jnp.dtype,
+    recipe: Fp8Recipe,
+) -> jax.Array:
+    """y_MN in `out_dtype`; see `pallas_kernels.fp8_matmul`. `s_BT` may also be a scale a row."""
+    if not recipe.promotion:
+        unpromoted = fp8_matmul_reference.fp8_matmul_unpromoted_reference
+        return unpromoted(q_MK, s_MT, q_NK, s_BT, out_dtype)
+    return fp8_matmul(q_MK, s_MT, q_NK, s_BT, out_dtype, recipe.implementation)
+
+
+def fp8_linear(
+    x: jax.Array,
+    weight: "Fp8Weight",
+    recipe: Fp8Recipe,
+    *,
+    power_of_two: bool = False,
+    mesh: Mesh | None = None,
+    name: str = "linear_in",
+) -> jax.Array:
+    """`x @ weight` in FP8, and its gradients in FP8.
+
+    Args:
+      x: [..., I] of any float dtype.
+      weight: [I, O].
+      power_of_two: scales of x (spec §5.3).
+      mesh: rows of x are split over its batch axes, and every device multiplies its own; None: one
+        device, or a call inside `shard_map`.
+      name: under which recomputation policies find the codes and scales of x, all that the backward
+        pass needs of it.
+
+    Returns:
+      [..., O] bfloat16. Gradients: dx in x's dtype; float32 for `weight.master`, none for codes.
+
+    Raises:
+      UserError: a gradient is asked for and the weight has no master to receive it.
+    """
+    how = _How(recipe, power_of_two, mesh, name)
+    x_MI = x.reshape(-1, x.shape[-1])
+    num_rows = len(x_MI)
+    if mesh is not None:  # a small batch, at inference: rows of zeros
+        x_MI = jnp.pad(x_MI, ((0, -num_rows % _num_shards(mesh)), (0, 0)))
+    w = weight
+    y_MO = _linear(how, x_MI, w.master, w.codes_IO, w.codes_OI, w.scales_IO)
+    return y_MO[:num_rows].reshape(*x.shape[:-1], -1)
+
+
+class _How(NamedTuple):
+    recipe: Fp8Recipe
+    power_of_two: bool
+    mesh: Mesh | None
+    name: str
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _linear(how, x_MI, master, codes_IO, codes_OI, scales_IO):
+    return _forward(how, x_MI, codes_OI, scales_IO)[0]
+
+
+def _forward(how, x_MI, codes_OI, scales_IO):
+    """y_MO, and the codes and scales of x."""
+    quantize = partial(tiles, recipe=how.recipe, power_of_two=how.power_of_two)
+    x_codes = checkpoint_name(_on_shards(quantize, how.mesh, "r")(x_MI), how.name)
+    multiply = partial(product, out_dtype=jnp.bfloat16, recipe=how.recipe)
+    return _on_shards(multiply, how.mesh, "rrww")(*x_codes, codes_OI, scales_IO.T), x_codes
+
+
+def _forward_rule(how, x_MI, master, codes_IO, codes_OI, scales_IO):
+    refuse_gradient(master)
+    y_MO, x_codes = _forward(how, x_MI, codes_OI, scales_IO)
+    # The zero-size array carries x's dtype to the backward pass.
+    return y_MO, (x_codes, codes_IO, scales_IO, jnp.zeros((0,), x_MI.dtype))
+
+
+def _backward_rule(how, residuals, dy_MO):
+    x_codes, codes_IO, scales_IO, like_x = residuals
+
+    def input_gradient(dy_MO, codes_IO, scales_IO):
+        dy_codes = gradient_tiles(dy_MO, how.recipe)
+        return product(*dy_codes, codes_IO, scales_IO, jnp.bfloat16, how.recipe)
+
+    def weight_gradient(q_MI, s_MT, dy_MO):
+        x_columns = columns_of_tiles(q_MI, s_MT, how.recipe, how.power_of_two)
+        dy_columns = columns(dy_MO, how.recipe)
+        return product(*x_columns, *dy_columns, jnp.float32, how.recipe)[None]
+
+    dx_MI = _on_shards(input_gradient, how.mesh, "rww")(dy_MO, codes_IO, scales_IO)
+    partial_dw_SIO = _on_shards(weight_gradient, how.mesh, "rrr")(*x_codes, dy_MO)
+    # Summed out here, so that XLA may reduce and scatter at once.
+    dw_IO = jnp.sum(partial_dw_SIO, axis=0)
+    return dx_MI.astype(like_x.dtype), dw_IO, None, None, None
+
+
+_linear.defvjp(_forward_rule, _backward_rule)
+
+
+def _num_shards(mesh: Mesh) -> int:
+    data, expert = BATCH_AXES
+    return mesh.shape[data] * mesh.shape[expert]
+
+
+def _on_shards(function: Callable, mesh: Mesh | None, operands: str) -> Callable:
+    """Every device on its own rows, since XLA cannot partition a kernel.
+
+    Args:
+      operands: a letter each: 'r' has rows of tokens, 'w' is a weight, whole on every device.
+    """
+    if mesh is None:
+        return function
+    specs = {"r": P(BATCH_AXES), "w": P()}
+    return jax.shard_map(
+        function,
+        mesh=mesh,
+        in_specs=tuple(specs[letter] for letter in operands),
+        out_specs=specs["r"],
+        check_vma=False,
+    )

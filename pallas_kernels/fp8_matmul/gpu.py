@@ -1,0 +1,47 @@
+"""Hopper: the dense product, blocks or tiles of scales on the right; see `hopper_gemm`."""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.hopper_gemm import BLOCK, Config, Tile, gemm
+
+
+def fp8_matmul_hopper(
+    q_MK: jax.Array,
+    s_MT: jax.Array,
+    q_NK: jax.Array,
+    s_BT: jax.Array,
+    out_dtype: jnp.dtype = jnp.bfloat16,
+    add_MN: jax.Array | None = None,
+    config: Config | None = None,
+    interpret=None,
+) -> jax.Array:
+    """As `fp8_matmul_reference`."""
+    M, K = q_MK.shape
+    N, T = q_NK.shape[0], s_MT.shape[1]
+    config = config or Config()
+    by_block = s_BT.shape[0] != N
+    sa_TM = s_MT.T
+    sb = s_BT[None] if by_block else s_BT.T
+    row_tiles, column_tiles = pl.cdiv(M, config.rows), pl.cdiv(N, config.columns)
+
+    def locate(index):
+        row, column = plgpu.planar_snake(
+            index, (row_tiles, column_tiles), int(config.snake_columns), config.snake
+        )
+        return Tile(row * config.rows, column * config.columns, jnp.int32(0), 0, jnp.int32(T))
+
+    return gemm(
+        config,
+        (q_MK, sa_TM, q_NK, sb),
+        (),
+        jax.ShapeDtypeStruct((M, N), out_dtype),
+        num_tiles=row_tiles * column_tiles,
+        locate=locate,
+        whole_iterations=T % config.unroll == 0,
+        add=add_MN,
+        interpret=interpret,
+    )
