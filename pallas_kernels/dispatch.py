@@ -38,7 +38,7 @@ def call(
     if implementation is not None:
         names = (implementation,)
     else:
-        names = [n for n in ORDER[jax.default_backend()] if n in implementations]
+        names = [n for n in ORDER[_platform()] if n in implementations]
     reasons = []
     for name in names:
         try:
@@ -46,3 +46,13 @@ def call(
         except NotImplementedError as reason:
             reasons.append(f"{name}: {reason}")
     raise NotImplementedError(f"{operation} takes no such operands; " + "; ".join(reasons))
+
+
+def _platform() -> str:
+    """Where the program being traced will run: `jax.default_device` is obeyed."""
+    device = jax.config.jax_default_device
+    if device is None:
+        return jax.default_backend()
+    if isinstance(device, str):
+        device = jax.local_devices(backend=device)[0]
+    return device.platform

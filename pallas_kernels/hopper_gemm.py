@@ -21,6 +21,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import wgmma
+from pallas_kernels.hopper_store import store_pairs
 
 BLOCK = 128  # the reduction between two promotions, and a side of a weight block
 SMS = 132  # streaming multiprocessors of H100 and H200
@@ -39,7 +40,6 @@ class Config:
     stages: int = 4  # steps of the reduction in flight
     unroll: int = 2  # steps of the reduction in one iteration of the loop
     overlap: bool = False  # promote a step while the tensor cores run the next of the iteration
-    stagger: bool = False  # warpgroups start a tile one after another, and stay out of step
     snake: int = 8  # tiles side by side that share operands in L2
     snake_columns: bool = False  # they lie along the columns of the output, not along the rows
 
@@ -57,6 +57,40 @@ class Tile(NamedTuple):
     first: jax.Array | int  # tile of 128 along K where its reduction starts
     steps: jax.Array | int  # tiles of 128 in it; 0: the output is zeros
     limit: jax.Array | None = None  # rows from here on are zeros in the output; None: none
+    own: tuple[jax.Array, jax.Array] | None = None  # only rows from.. to.. are written; None: all
+
+
+def row_and_column(
+    config: Config, index: jax.Array, row_tiles: int, column_tiles: int
+) -> tuple[jax.Array, jax.Array]:
+    """Of output tile number `index`, in an order that keeps operands in L2."""
+    shape, dim = (row_tiles, column_tiles), int(config.snake_columns)
+    return plgpu.planar_snake(index, shape, dim, config.snake)
+
+
+def prepare(
+    a: jax.Array, sa: jax.Array, b: jax.Array, sb: jax.Array, out_dtype: jnp.dtype
+) -> tuple[jax.Array, ...]:
+    """The operands of `gemm`, as the copy engine takes them: rows of a multiple of 16 bytes.
+
+    Raises:
+      NotImplementedError: another GPU; codes, or an output, that would have to be copied for that.
+    """
+    if jax.default_backend() == "gpu" and jax.devices()[0].compute_capability != "9.0":
+        raise NotImplementedError("runs on compute capability 9.0 (Hopper) alone")
+    K, N = a.shape[-1], b.shape[-2]
+    if K % 16 or K == 0:
+        raise NotImplementedError(f"reduces over {K} codes, not over a multiple of 16")
+    step = 16 // jnp.dtype(out_dtype).itemsize
+    if N % step or N == 0:
+        raise NotImplementedError(f"has {N} columns of output, not a multiple of {step}")
+    if a.size == 0 or b.size == 0:
+        raise NotImplementedError("has no rows or no groups")
+
+    def padded(s):
+        return jnp.pad(s, [(0, 0)] * (s.ndim - 1) + [(0, -s.shape[-1] % 4)])
+
+    return a, padded(sa), b, padded(sb)
 
 
 def gemm(
@@ -113,7 +147,6 @@ def gemm(
         "scales_full": plgpu.Barrier(num_arrivals=1, num_barriers=2),
         "scales_free": plgpu.Barrier(num_arrivals=warpgroups, num_barriers=2),
         "add_full": plgpu.Barrier(num_arrivals=1, num_barriers=warpgroups),
-        "turn": plgpu.Barrier(num_arrivals=1, num_barriers=warpgroups),
     }
 
     def of_group(ref, group):
@@ -122,8 +155,20 @@ def gemm(
     def layout_cast(x, layout):
         return x if interpret else plgpu.layout_cast(x, layout)
 
+    def index_in(x_MC, dim):
+        index_MC = lax.broadcasted_iota(jnp.int32, x_MC.shape, dim)
+        return layout_cast(index_MC, plgpu.Layout.WGMMA)
+
     def next_slot(slot):
         return lax.select(slot == stages - 1, jnp.int32(0), slot + 1)
+
+    def wait_for_all(barrier, arrivals, slots):
+        """The last arrivals at slots that were used in turn."""
+        oldest = jnp.maximum(arrivals - slots, 0)
+
+        @pl.loop(oldest, arrivals)
+        def _(arrival):
+            plgpu.barrier_wait(barrier.at[lax.rem(arrival, jnp.int32(slots))])
 
     def kernel(a, sa, b, sb, *refs):
         tables_refs, (*add_ref, out) = refs[: len(tables)], refs[len(tables) :]
@@ -133,8 +178,10 @@ def gemm(
             @plgpu.nd_loop(
                 (num_tiles,), collective_axes="sm", init_carry=(jnp.int32(0), jnp.int32(0))
             )
-            def _(loop, carry):
+            def carry(loop, carry):
                 return body(locate(*tables_refs, loop.index[0]), loop.local_index, *carry)
+
+            return carry
 
         def move(a_smem, b_smem, sa_smem, sb_smem, full, free, scales_full, scales_free, **_):
             def one_tile(tile, index, done, slot):
@@ -167,10 +214,24 @@ def gemm(
 
                 return lax.fori_loop(0, tile.steps, step, (done, slot))
 
-            each_tile(one_tile)
+            done, slot = each_tile(one_tile)
+            # No barrier is left with an arrival that nobody has seen.
+            tiles = lax.div(num_tiles - lax.axis_index("sm") + SMS - 1, SMS)
+            wait_for_all(free, done, stages)
+            if by_block:
+                wait_for_all(scales_free, tiles, 2)
 
         def multiply(
-            a_smem, b_smem, sa_smem, sb_smem, out_smem, full, free, scales_full, scales_free, add_full, turn
+            a_smem,
+            b_smem,
+            sa_smem,
+            sb_smem,
+            out_smem,
+            full,
+            free,
+            scales_full,
+            scales_free,
+            add_full,
         ):
             warpgroup = lax.axis_index("wg")
             own_rows = pl.ds(warpgroup * wgmma.ROWS, wgmma.ROWS)
@@ -179,8 +240,6 @@ def gemm(
                 scales_slot = lax.rem(index, jnp.int32(2))
                 if by_block:
                     plgpu.barrier_wait(scales_full.at[scales_slot])
-                if config.stagger:
-                    pl.when(warpgroup > 0)(lambda: plgpu.barrier_wait(turn.at[warpgroup - 1]))
 
                 def issue(slot):
                     plgpu.barrier_wait(full.at[slot])
@@ -205,17 +264,20 @@ def gemm(
                     """Vectors of the rows and (by tile) of the columns; scalars of the chunks."""
                     sa_M = layout_cast(sa_smem[slot, own_rows], plgpu.Layout.WGMMA.reduce(1))
                     if by_block:
-                        return sa_M, None, [scale_of(c, t) for c in chunks]
-                    return sa_M, layout_cast(sb_smem[slot], plgpu.Layout.WGMMA.reduce(0)), [None]
+                        return sa_M, [scale_of(c, t) for c in chunks]
+                    by_column = plgpu.Layout.WGMMA.reduce(0)
+                    return sa_M, [layout_cast(sb_smem[slot, c], by_column) for c in chunks]
 
-                def promote(sums, partial_MN, sa_M, sb_N, sb_chunks):
+                def promote(sums, partial_MN, sa_M, sb_chunks):
                     shape = (wgmma.ROWS, chunk)
-                    if not by_block:
-                        partial_MN = partial_MN * lax.broadcast_in_dim(sb_N, shape, [1])
                     promoted = []
-                    for sum_MC, c, sb_C in zip(sums, chunks, sb_chunks, strict=True):
-                        s_M = sa_M * sb_C if by_block else sa_M
+                    for sum_MC, c, sb in zip(sums, chunks, sb_chunks, strict=True):
                         partial_MC = partial_MN[:, c.start : c.start + chunk]
+                        s_M = sa_M
+                        if by_block:
+                            s_M = sa_M * sb
+                        else:
+                            partial_MC *= lax.broadcast_in_dim(sb, shape, [1])
                         promoted.append(sum_MC + partial_MC * lax.broadcast_in_dim(s_M, shape, [0]))
                     return tuple(promoted)
 
@@ -236,10 +298,6 @@ def gemm(
                     if not interpret:
                         partial_MN = wgmma.settle(columns, pending)(partial_MN)
                     plgpu.barrier_arrive(free.at[slot])
-                    if config.stagger:
-                        pl.when((k == 0) & (warpgroup < warpgroups - 1))(
-                            lambda: plgpu.barrier_arrive(turn.at[warpgroup])
-                        )
                     return promote(sums, partial_MN, *step_scales)
 
                 def iterations(count, size, carry):
@@ -267,10 +325,44 @@ def gemm(
                 return done + tile.steps, slot
 
             def store(tile, sums):
-                own_out = out_smem.at[warpgroup]
                 first_row = tile.row + warpgroup * wgmma.ROWS
-                target = (pl.ds(first_row, wgmma.ROWS), pl.ds(tile.column, columns))
+                out_here = of_group(out, tile.group)
+                store_part = interpret_store_own if interpret else store_own
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                if tile.own is None:
+                    return store_all(tile, sums, first_row, out_here)
+                begin, end = tile.own
+                is_whole = (begin <= first_row) & (first_row + wgmma.ROWS <= end)
+                pl.when(is_whole)(lambda: store_all(tile, sums, first_row, out_here))
+
+                pl.when(jnp.logical_not(is_whole))(
+                    lambda: store_part(begin, end, tile, sums, first_row, out_here)
+                )
+
+            def store_own(begin, end, tile, sums, first_row, out_here):
+                width = out.shape[-1]
+                for c, sum_MC in zip(chunks, sums, strict=True):
+                    row_MC = index_in(sum_MC, 0) + first_row
+                    column_MC = index_in(sum_MC, 1) + (tile.column + c.start)
+                    inside_MC = (begin <= row_MC) & (row_MC < end) & (column_MC < width)
+                    offset_MC = jnp.where(inside_MC, row_MC * width + column_MC, -1)
+                    store_pairs(out_here, sum_MC.astype(out.dtype), offset_MC)
+
+            def interpret_store_own(begin, end, tile, sums, first_row, out_here):
+                own_out = out_smem.at[warpgroup]
+                for c, sum_MC in zip(chunks, sums, strict=True):
+                    own_out[:, c] = sum_MC.astype(out.dtype)
+
+                @pl.loop(
+                    jnp.maximum(begin - first_row, 0), jnp.clip(end - first_row, 0, wgmma.ROWS)
+                )
+                def _(row):
+                    target = (pl.ds(first_row + row, 1), pl.ds(tile.column, columns))
+                    plgpu.copy_smem_to_gmem(own_out.at[pl.ds(row, 1)], out_here.at[target])
+
+            def store_all(tile, sums, first_row, out_here):
+                own_out = out_smem.at[warpgroup]
+                target = (pl.ds(first_row, wgmma.ROWS), pl.ds(tile.column, columns))
                 if add is not None:
                     source = of_group(add_ref[0], tile.group).at[target]
                     plgpu.copy_gmem_to_smem(source, own_out, add_full.at[warpgroup])
@@ -279,13 +371,11 @@ def gemm(
                     if add is not None:
                         sum_MC += own_out[:, c]
                     if tile.limit is not None:
-                        row_MC = lax.broadcasted_iota(jnp.int32, sum_MC.shape, 0)
-                        row_MC = layout_cast(row_MC, plgpu.Layout.WGMMA)
-                        inside_MC = row_MC + first_row < tile.limit
+                        inside_MC = index_in(sum_MC, 0) + first_row < tile.limit
                         sum_MC = jnp.where(inside_MC, sum_MC, jnp.zeros_like(sum_MC))
                     own_out[:, c] = sum_MC.astype(out.dtype)
                 plgpu.commit_smem()
-                plgpu.copy_smem_to_gmem(own_out, of_group(out, tile.group).at[target])
+                plgpu.copy_smem_to_gmem(own_out, out_here.at[target])
 
             each_tile(one_tile)
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)

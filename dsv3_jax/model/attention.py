@@ -2,9 +2,13 @@
 
 The rope key is shared by all heads and stays unbroadcast in the interface. An implementation that
 does not take its inputs raises NotImplementedError; the dispatcher goes on to the next one.
+`mla_attention` keeps what its derivative needs; a caller that would rather store the output in its
+own format takes the two passes of an `Attention` apart (`attention_fp8.py`).
 Shape letters: B batch, T query tokens, S key tokens, N heads, P nope, R rope, H value head.
 """
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 
 import jax
@@ -12,8 +16,19 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from dsv3_jax.errors import UserError, did_you_mean
+from dsv3_jax.model import attention_cudnn as cudnn
 
 BLOCK_TOKENS = 512  # most query or key tokens of a block of scores
+
+
+@dataclass(frozen=True)
+class Attention:
+    """An implementation. `inputs` are q_nope, q_rope, k_nope, k_rope and v of `mla_attention`."""
+
+    refuse: Callable  # (inputs, segments) -> None, or NotImplementedError with the reason
+    attend: Callable  # (*inputs, segments, scale) -> o, differentiable
+    forward: Callable  # (*inputs, segments, scale) -> o and what `backward` calls lse
+    backward: Callable  # (inputs, segments, scale, o, lse, do) -> the gradients of the inputs
 
 
 def mla_attention(
@@ -43,6 +58,12 @@ def mla_attention(
       UserError: unknown implementation.
       NotImplementedError: no implementation accepts the inputs; lists every reason.
     """
+    inputs = (q_nope_BTNP, q_rope_BTNR, k_nope_BSNP, k_rope_BSR, v_BSNH)
+    return choose(inputs, segments_BT, implementation).attend(*inputs, segments_BT, scale)
+
+
+def choose(inputs, segments_BT: jax.Array | None, implementation: str | None) -> Attention:
+    """The implementation named, or the first that accepts the inputs; raises as `mla_attention`."""
     if implementation is not None and implementation not in IMPLEMENTATIONS:
         hint = did_you_mean(implementation, IMPLEMENTATIONS)
         raise UserError(
@@ -51,38 +72,29 @@ def mla_attention(
     reasons = []
     for name in (implementation,) if implementation else IMPLEMENTATIONS:
         try:
-            return IMPLEMENTATIONS[name](
-                q_nope_BTNP, q_rope_BTNR, k_nope_BSNP, k_rope_BSR, v_BSNH, segments_BT, scale
-            )
+            IMPLEMENTATIONS[name].refuse(inputs, segments_BT)
         except NotImplementedError as reason:
             reasons.append(f"{name}: {reason}")
+        else:
+            return IMPLEMENTATIONS[name]
     raise NotImplementedError("no attention accepts these inputs; " + "; ".join(reasons))
 
 
-def cudnn_attention(q_nope_BTNP, q_rope_BTNR, k_nope_BSNP, k_rope_BSR, v_BSNH, segments_BT, scale):
-    """cuDNN's fused attention: one head dim for queries, keys and (zero-padded) values."""
-    if jax.default_backend() != "gpu":
-        raise NotImplementedError("needs an NVIDIA GPU")
-    if segments_BT is not None:
-        raise NotImplementedError("takes no separate documents")
-    if v_BSNH.dtype not in (jnp.bfloat16, jnp.float16):
-        raise NotImplementedError(f"takes bfloat16 or float16, not {v_BSNH.dtype}")
-    width, v_width = q_nope_BTNP.shape[-1] + q_rope_BTNR.shape[-1], v_BSNH.shape[-1]
-    if width > 256 or width % 8 or v_width > width:
-        raise NotImplementedError(f"takes no head widths {width} (q, k) and {v_width} (v)")
-    num_heads = k_nope_BSNP.shape[2]
-    k_rope_BSNR = jnp.broadcast_to(
-        k_rope_BSR[:, :, None], (*k_rope_BSR.shape[:2], num_heads, k_rope_BSR.shape[-1])
-    )
-    o = jax.nn.dot_product_attention(
-        jnp.concatenate([q_nope_BTNP, q_rope_BTNR], axis=-1),
-        jnp.concatenate([k_nope_BSNP, k_rope_BSNR], axis=-1),
-        jnp.pad(v_BSNH, ((0, 0), (0, 0), (0, 0), (0, width - v_width))),
-        scale=scale,
-        is_causal=True,
-        implementation="cudnn",
-    )
-    return o[..., :v_width]
+def by_differentiation(attend: Callable) -> tuple[Callable, Callable]:
+    """The two passes of a function that can only be differentiated whole: it runs once more."""
+
+    def forward(*inputs_segments_scale):
+        return attend(*inputs_segments_scale), None
+
+    def backward(inputs, segments, scale, o, lse, do):
+        return jax.vjp(lambda *inputs: attend(*inputs, segments, scale), *inputs)[1](do)
+
+    return forward, backward
+
+
+def _refuse_blockwise(inputs, segments_BT) -> None:
+    if inputs[0].shape[1] != inputs[2].shape[1]:
+        raise NotImplementedError("takes as many keys as queries")
 
 
 def blockwise_attention(
@@ -100,17 +112,36 @@ def blockwise_attention(
     Blocks that lie wholly in the future are not visited. The VJP is explicit (residuals: inputs,
     output and log-sum-exp) and blockwise too.
     """
+    inputs = (q_nope_BTNP, q_rope_BTNR, k_nope_BSNP, k_rope_BSR, v_BSNH)
     num_tokens = q_nope_BTNP.shape[1]
-    if k_nope_BSNP.shape[1] != num_tokens:
-        raise NotImplementedError("takes as many keys as queries")
+    arrays, block = _whole_blocks((*inputs, segments_BT), num_tokens, block_tokens)
+    return _blockwise(*arrays, scale, block)[:, :num_tokens]
+
+
+def _blockwise_forward(*inputs_segments_scale):
+    *arrays, scale = inputs_segments_scale
+    num_tokens = arrays[0].shape[1]
+    arrays, block = _whole_blocks(arrays, num_tokens, BLOCK_TOKENS)
+    return jax.tree.map(lambda a: a[:, :num_tokens], _forward(*arrays, scale, block))
+
+
+def _blockwise_backward(inputs, segments, scale, o_BTNH, lse_BTN, do_BTNH):
+    num_tokens = o_BTNH.shape[1]
+    arrays = (*inputs, segments, o_BTNH, lse_BTN, do_BTNH)
+    # Padding queries are zeros, so their scores are too, and their gradient is that of zeros.
+    (*residuals, do_BTNH), block = _whole_blocks(arrays, num_tokens, BLOCK_TOKENS)
+    gradients = _backward(scale, block, residuals, do_BTNH)
+    return tuple(gradient[:, :num_tokens] for gradient in gradients[:5])
+
+
+def _whole_blocks(arrays, num_tokens, block_tokens):
+    """Arrays [B, T, ...] or None with T padded to a multiple of the block, and that block."""
     num_blocks = -(-num_tokens // block_tokens)
     block = -(-num_tokens // num_blocks)
     # Padding keys come after every real query and padding queries are dropped, so the causal mask
     # alone hides both.
     padding = num_blocks * block - num_tokens
-    arrays = (q_nope_BTNP, q_rope_BTNR, k_nope_BSNP, k_rope_BSR, v_BSNH, segments_BT)
-    arrays = jax.tree.map(lambda a: jnp.pad(a, _pad_tokens(a.ndim, padding)), arrays)
-    return _blockwise(*arrays, scale, block)[:, :num_tokens]
+    return jax.tree.map(lambda a: jnp.pad(a, _pad_tokens(a.ndim, padding)), arrays), block
 
 
 def _pad_tokens(ndim: int, padding: int) -> list[tuple[int, int]]:
@@ -151,6 +182,14 @@ def _blockwise(q_nope, q_rope, k_nope, k_rope, v, segments, scale, block):
     return _forward(q_nope, q_rope, k_nope, k_rope, v, segments, scale, block)[0]
 
 
+def _forward_rule(q_nope, q_rope, k_nope, k_rope, v, segments, scale, block):
+    o_BTNH, lse_BTN = _forward(q_nope, q_rope, k_nope, k_rope, v, segments, scale, block)
+    # Named here so that recomputation policies can keep both and skip this pass (block.py).
+    o_BTNH = checkpoint_name(o_BTNH, "attention_out")
+    lse_BTN = checkpoint_name(lse_BTN, "attention_lse")
+    return o_BTNH, (q_nope, q_rope, k_nope, k_rope, v, segments, o_BTNH, lse_BTN)
+
+
 def _forward(q_nope, q_rope, k_nope, k_rope, v, segments, scale, block):
     q_blocks, k_blocks, v_blocks = jax.tree.map(
         partial(_to_blocks, block=block),
@@ -186,10 +225,7 @@ def _forward(q_nope, q_rope, k_nope, k_rope, v, segments, scale, block):
 
     num_blocks = q_blocks[0].shape[0]
     _, (o, lse) = jax.lax.scan(query_block, None, (jnp.arange(num_blocks), q_blocks))
-    # Named here so that recomputation policies can keep both and skip this pass (block.py).
-    o_BTNH = checkpoint_name(_from_blocks(o), "attention_out")
-    lse_BTN = checkpoint_name(_from_blocks(lse), "attention_lse")
-    return o_BTNH, (q_nope, q_rope, k_nope, k_rope, v, segments, o_BTNH, lse_BTN)
+    return _from_blocks(o), _from_blocks(lse)
 
 
 def _backward(scale, block, residuals, do_BTNH):
@@ -230,7 +266,15 @@ def _backward(scale, block, residuals, do_BTNH):
     return *(g.astype(x.dtype) for g, x in zip(gradients, primals, strict=True)), None
 
 
-_blockwise.defvjp(_forward, _backward)
+_blockwise.defvjp(_forward_rule, _backward)
 
+_CUDNN_PASSES = (
+    (cudnn.forward, cudnn.backward) if cudnn.has_passes() else by_differentiation(cudnn.attend)
+)
 # In the order of preference.
-IMPLEMENTATIONS = {"cudnn": cudnn_attention, "blockwise": blockwise_attention}
+IMPLEMENTATIONS = {
+    "cudnn": Attention(cudnn.refuse, cudnn.attend, *_CUDNN_PASSES),
+    "blockwise": Attention(
+        _refuse_blockwise, blockwise_attention, _blockwise_forward, _blockwise_backward
+    ),
+}

@@ -24,7 +24,9 @@ from dsv3_jax.parallel.mesh import batch_sharding
 # What the 'paper' policy keeps (spec §5.5) beside the block's input: the latents before their
 # norms, the attention's output (with its log-sum-exp, so its forward is not run again), the input
 # of norm_f, the routing, the rows that the experts received, and the inputs of SwiGLU. RMSNorm
-# outputs, q, k, v and SwiGLU products are recomputed.
+# outputs, q, k, v and SwiGLU products are recomputed. In FP8 the attention's output is kept in
+# E5M6, the received rows (once, not in the slots of experts) and the inputs of SwiGLU in E4M3,
+# under the same names; the inputs of norms stay bfloat16, and codes of norm outputs are made again.
 _KEPT_NAMES = (
     "q_latent",
     "kv_latent",
@@ -42,22 +44,23 @@ def _keeps_cudnn(primitive, *_, **__) -> bool:
     return primitive.name.startswith("dot_product_attention_fwd")
 
 
-def remat(function: Callable, policy: str, *, in_scan: bool) -> Callable:
-    """Wraps a block function so that its backward pass recomputes what the policy does not keep.
+def remat(function: Callable, runtime: Runtime, *, in_scan: bool) -> Callable:
+    """Wraps a block function so that its backward pass recomputes what `runtime.remat` drops.
+
+    'none' keeps everything, 'paper' what spec §5.5 keeps, 'full' the inputs alone.
 
     Args:
-      policy: 'none' keeps everything, 'paper' what spec §5.5 keeps, 'full' the inputs alone.
       in_scan: the function is the body of `lax.scan`, which needs no guard against the compiler
         merging the recomputation with the first pass.
     """
-    if policy == "none":
+    if runtime.remat == "none":
         return function
     kept = None
-    if policy == "paper":
+    if runtime.remat == "paper":
         policies = jax.checkpoint_policies
-        kept = policies.save_from_both_policies(
-            policies.save_only_these_names(*_KEPT_NAMES), _keeps_cudnn
-        )
+        kept = policies.save_only_these_names(*_KEPT_NAMES)
+        if runtime.fp8 is None:  # else its output is named, in E5M6
+            kept = policies.save_from_both_policies(kept, _keeps_cudnn)
     return jax.checkpoint(function, policy=kept, prevent_cse=not in_scan)
 
 

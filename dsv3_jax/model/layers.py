@@ -10,7 +10,7 @@ from flax import nnx
 
 from dsv3_jax.model.runtime import Runtime
 from dsv3_jax.precision.fp8 import fp8_linear
-from dsv3_jax.precision.fp8_weight import as_fp8
+from dsv3_jax.precision.fp8_weight import Fp8Weight, as_fp8
 from dsv3_jax.precision.policy import LINEARS, dot
 
 
@@ -35,17 +35,24 @@ class Linear(nnx.Module):
         self.role = role
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        recipe, fp8 = self.runtime.fp8, LINEARS[self.role]
-        if recipe is None or fp8 is None:
+        weight = self.fp8_weight()
+        if weight is None:
             return dot(x, self.kernel[...], self.runtime.compute_dtype)
         return fp8_linear(
             x,
-            as_fp8(self.kernel[...], recipe),
-            recipe,
-            power_of_two=fp8.power_of_two_input,
+            weight,
+            self.runtime.fp8,
+            power_of_two=LINEARS[self.role].power_of_two_input,
             mesh=self.runtime.mesh,
             name=f"{self.role}_in",
         )
+
+    def fp8_weight(self) -> Fp8Weight | None:
+        """The kernel's codes; None where it multiplies in the compute dtype."""
+        recipe = self.runtime.fp8
+        if recipe is None or LINEARS[self.role] is None:
+            return None
+        return as_fp8(self.kernel[...], recipe)
 
 
 class RMSNorm(nnx.Module):

@@ -13,6 +13,7 @@ from jax.ad_checkpoint import checkpoint_name
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.model import rope
 from dsv3_jax.model.attention import mla_attention
+from dsv3_jax.model.attention_fp8 import attend_and_project
 from dsv3_jax.model.cache import LatentCache
 from dsv3_jax.model.layers import Linear, RMSNorm
 from dsv3_jax.model.runtime import Runtime
@@ -75,16 +76,16 @@ class MLA(nnx.Module):
         kv = self.wkv_b(latents.latent_BSL)
         kv = kv.reshape(*kv.shape[:2], c.num_heads, c.qk_nope_head_dim + c.v_head_dim)
         k_nope_BSNP, v_BSNH = jnp.split(kv, [c.qk_nope_head_dim], axis=-1)
-        o_BTNH = mla_attention(
-            q_nope_BTNP,
-            q_rope_BTNR,
-            k_nope_BSNP,
-            latents.k_rope_BSR,
-            v_BSNH,
+        inputs = (q_nope_BTNP, q_rope_BTNR, k_nope_BSNP, latents.k_rope_BSR, v_BSNH)
+        how = dict(
             scale=rope.softmax_scale(c),
             segments_BT=segments_BT,
             implementation=self.runtime.attention,
         )
+        wo, runtime = self.wo.fp8_weight(), self.runtime
+        if wo is not None:
+            return attend_and_project(*inputs, wo, runtime.fp8, mesh=runtime.mesh, **how)
+        o_BTNH = mla_attention(*inputs, **how)
         return self.wo(o_BTNH.reshape(*o_BTNH.shape[:2], -1))
 
     def absorbed(

@@ -14,18 +14,19 @@ from dsv3_jax.config import ModelConfig
 from dsv3_jax.model.layers import Linear, parameter
 from dsv3_jax.model.router import Router, RouterStats
 from dsv3_jax.model.runtime import Runtime
-from dsv3_jax.parallel.expert_parallel import apply_experts
+from dsv3_jax.parallel.expert_parallel import apply_experts, on_every_shard
 from dsv3_jax.parallel.grouped_matmul import best_implementation, grouped_matmul
 from dsv3_jax.parallel.permute import collect, sort_pairs, spread
+from dsv3_jax.precision.fp8_experts import fp8_experts
+from dsv3_jax.precision.fp8_ffn import fp8_swiglu_linear
+from dsv3_jax.precision.fp8_weight import as_fp8
+from pallas_kernels.quantize.reference import gated
 
 
 def gated_silu(h_2F: jax.Array, weight_1: jax.Array | None = None) -> jax.Array:
     """silu(gate) * up [* weight], float32 inside: [..., 2F] -> [..., F] in h's dtype (spec §1)."""
     gate_F, up_F = jnp.split(h_2F.astype(jnp.float32), 2, axis=-1)
-    product_F = jax.nn.silu(gate_F) * up_F
-    if weight_1 is not None:
-        product_F = product_F * weight_1
-    return product_F.astype(h_2F.dtype)
+    return gated(gate_F, up_F, weight_1).astype(h_2F.dtype)
 
 
 class FeedForward(nnx.Module):
@@ -34,10 +35,14 @@ class FeedForward(nnx.Module):
     def __init__(self, rngs: nnx.Rngs, width: int, ffn_width: int, std: float, runtime: Runtime):
         self.w13 = Linear(rngs, width, 2 * ffn_width, ("embed", "ffn"), std, runtime, "w13")
         self.w2 = Linear(rngs, ffn_width, width, ("ffn", "embed"), std, runtime, "w2")
+        self.runtime = runtime
 
     def __call__(self, x_D: jax.Array) -> jax.Array:
-        h_2F = checkpoint_name(self.w13(x_D), "w13_out")
-        return self.w2(gated_silu(h_2F))
+        h_2F, recipe = self.w13(x_D), self.runtime.fp8
+        if recipe is not None:
+            w2 = as_fp8(self.w2.kernel[...], recipe)
+            return fp8_swiglu_linear(h_2F, w2, recipe, mesh=self.runtime.mesh)
+        return self.w2(gated_silu(checkpoint_name(h_2F, "w13_out")))
 
 
 class Experts(nnx.Module):
@@ -108,16 +113,18 @@ class MoE(nnx.Module):
         """u_BTD -> y_BTD in the compute dtype, and the load; the mask touches only the load."""
         ids_BTK, weights_BTK, stats = self.router(u_BTD, token_mask_BT)
         width, top_k = self.config.width, self.config.experts_per_token
-        y_XD = apply_experts(
-            partial(routed_ffn, runtime=self.runtime),
-            u_BTD.reshape(-1, width),
-            ids_BTK.reshape(-1, top_k),
-            weights_BTK.reshape(-1, top_k),
-            self.experts.w13[...],
-            self.experts.w2[...],
-            runtime=self.runtime,
-        )
+        tokens = u_BTD.reshape(-1, width), ids_BTK.reshape(-1, top_k)
+        y_XD = self._routed(*tokens, weights_BTK.reshape(-1, top_k))
         y_BTD = y_XD.reshape(u_BTD.shape)
         if self.config.num_shared_experts:
             y_BTD = y_BTD + self.shared(u_BTD)
         return y_BTD, stats
+
+    def _routed(self, u_XD, ids_XK, weights_XK):
+        experts, runtime = (self.experts.w13[...], self.experts.w2[...]), self.runtime
+        if runtime.fp8 is None:
+            function, apply = partial(routed_ffn, runtime=runtime), apply_experts
+        else:
+            experts = [as_fp8(weight, runtime.fp8) for weight in experts]
+            function, apply = partial(fp8_experts, recipe=runtime.fp8), on_every_shard
+        return apply(function, u_XD, ids_XK, weights_XK, *experts, runtime=runtime)

@@ -68,7 +68,7 @@ def run_modules(
     embedding_BTD: jax.Array,
     *,
     config: ModelConfig,
-    policy: str,
+    runtime: Runtime,
     cos_sin: CosSin,
     segments_BT: jax.Array | None,
 ) -> tuple[list[jax.Array], RouterStats]:
@@ -77,7 +77,7 @@ def run_modules(
     Args:
       hidden_BTD: h^0, the main model's state. No gradient is stopped (spec §4, trap 5).
       embedding_BTD: embeddings of the T input tokens.
-      policy: what the backward pass recomputes, see `block.remat`.
+      runtime: its `remat` is what the backward pass recomputes, see `block.remat`.
 
     Returns:
       The state of each depth, after its output norm and ready for the head (the last k positions of
@@ -101,7 +101,7 @@ def run_modules(
 
         module_state = jax.tree.map(lambda x, index=depth - 1: x[index], state)
         ahead_BTD = jnp.roll(embedding_BTD, -depth, axis=1)
-        h_BTD, output_BTD, stats = remat(module, policy, in_scan=False)(
+        h_BTD, output_BTD, stats = remat(module, runtime, in_scan=False)(
             module_state, hidden_BTD, ahead_BTD
         )
         hidden_BTD = output_BTD if config.mtp_hidden == "post_norm" else h_BTD

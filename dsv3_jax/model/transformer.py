@@ -111,7 +111,7 @@ class DeepSeekV3(nnx.Module):
                         token_mask_BT=token_mask_BT,
                     )
 
-                layer = remat(layer, self.runtime.remat, in_scan=True)
+                layer = remat(layer, self.runtime, in_scan=True)
                 x_BTD, stats = jax.lax.scan(layer, x_BTD, state)
                 all_stats.append(stats)
         main_BTD = self.final_norm(x_BTD)
@@ -122,7 +122,7 @@ class DeepSeekV3(nnx.Module):
                 main_BTD if self.config.mtp_hidden == "post_norm" else x_BTD,
                 embedding_BTD,
                 config=self.config,
-                policy=self.runtime.remat,
+                runtime=self.runtime,
                 cos_sin=cos_sin,
                 segments_BT=segments_BT,
             )

@@ -17,7 +17,7 @@ Letters: X own tokens, R received rows, K choices, E experts, D width.
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -35,13 +35,25 @@ Hop = PaddedHop | RaggedHop
 ExpertFunction = Callable[..., jax.Array]
 
 
+# (x_XD, ids_XK, weights_XK, *weights of the experts here, num_experts=, hops=) -> y_XD
+ShardFunction = Callable[..., jax.Array]
+
+
+class Choices(NamedTuple):
+    """The choices of the rows that a device receives, and what it takes to send the rows."""
+
+    ids_RK: jax.Array  # int32 expert, counted from this device's first; their number: not here
+    weights_RK: jax.Array  # float32
+    plans: tuple  # one a hop
+
+
 class Dispatched(NamedTuple):
     """The rows that a device received, and what combine needs to return them."""
 
     rows_RD: jax.Array
-    ids_RK: jax.Array  # int32 expert, counted from this device's first; their number: not here
-    weights_RK: jax.Array  # float32
-    plans: tuple  # one a hop
+    ids_RK: jax.Array  # as in `Choices`
+    weights_RK: jax.Array
+    plans: tuple
 
 
 def make_hops(runtime: Runtime) -> tuple[Hop, ...]:
@@ -63,15 +75,10 @@ def make_hops(runtime: Runtime) -> tuple[Hop, ...]:
     )
 
 
-def dispatch(
-    x_XD: jax.Array,
-    ids_XK: jax.Array,
-    weights_XK: jax.Array,
-    *,
-    num_experts: int,
-    hops: Sequence[Hop],
-) -> Dispatched:
-    """Sends every token to the owners of its experts. Call inside `shard_map`.
+def route(
+    ids_XK: jax.Array, weights_XK: jax.Array, *, num_experts: int, hops: Sequence[Hop]
+) -> Choices:
+    """Plans every hop and sends the choices, without the rows. Call inside `shard_map`.
 
     Position p of S owns experts p E / S .. (p + 1) E / S - 1.
 
@@ -80,19 +87,39 @@ def dispatch(
       weights_XK: float32.
       num_experts: E, of the whole `expert` axis.
     """
-    rows_RD, ids_RK, weights_RK, plans = x_XD, ids_XK, weights_XK, []
+    ids_RK, weights_RK, plans = ids_XK, weights_XK, []
     for hop in hops:
         owned = num_experts // hop.num_positions
         plan = checkpoint_name(hop.plan(ids_RK // owned), "routing")
         # The choices travel as float32 beside the weights; 0 marks rows that nobody sent.
         table_R2K = jnp.concatenate([(ids_RK + 1).astype(jnp.float32), weights_RK], axis=-1)
-        rows_RD, table_R2K = hop.send(rows_RD, plan), hop.send(table_R2K, plan)
-        ids_RK, weights_RK = jnp.split(checkpoint_name(table_R2K, "routing"), 2, axis=-1)
+        table_R2K = checkpoint_name(hop.send(table_R2K, plan), "routing")
+        ids_RK, weights_RK = jnp.split(table_R2K, 2, axis=-1)
         ids_RK = ids_RK.astype(jnp.int32) - 1 - hop.position() * owned
         ids_RK = jnp.where((ids_RK >= 0) & (ids_RK < owned), ids_RK, owned)
         num_experts = owned
         plans.append(plan)
-    return Dispatched(rows_RD, ids_RK, weights_RK, tuple(plans))
+    return Choices(ids_RK, weights_RK, tuple(plans))
+
+
+def send(x_XD: jax.Array, plans: tuple, *, hops: Sequence[Hop]) -> jax.Array:
+    """Sends every token's row, of any dtype, to the owners of its experts: [X, D] -> [R, D]."""
+    for hop, plan in zip(hops, plans, strict=True):
+        x_XD = hop.send(x_XD, plan)
+    return x_XD
+
+
+def dispatch(
+    x_XD: jax.Array,
+    ids_XK: jax.Array,
+    weights_XK: jax.Array,
+    *,
+    num_experts: int,
+    hops: Sequence[Hop],
+) -> Dispatched:
+    """Sends every token to the owners of its experts: `route` and `send`."""
+    choices = route(ids_XK, weights_XK, num_experts=num_experts, hops=hops)
+    return Dispatched(send(x_XD, choices.plans, hops=hops), *choices)
 
 
 def combine(y_RD: jax.Array, plans: tuple, *, hops: Sequence[Hop]) -> jax.Array:
@@ -137,9 +164,27 @@ def apply_experts(
       weights_XK: float32.
       parameters: expert weights, experts first.
     """
+    on_shard = partial(apply_experts_on_shard, function)
+    return on_every_shard(on_shard, x_XD, ids_XK, weights_XK, *parameters, runtime=runtime)
+
+
+def on_every_shard(
+    function: ShardFunction,
+    x_XD: jax.Array,
+    ids_XK: jax.Array,
+    weights_XK: jax.Array,
+    *parameters: Any,
+    runtime: Runtime,
+) -> jax.Array:
+    """As `apply_experts`, by a function that dispatches and combines; see `ShardFunction`.
+
+    Args:
+      parameters: arrays, or pytrees of arrays, experts first.
+    """
+    num_experts, num_tokens = parameters[0].shape[0], x_XD.shape[0]
+    function = partial(function, num_experts=num_experts, hops=make_hops(runtime))
     if runtime.mesh is None:
         return function(x_XD, ids_XK, weights_XK, *parameters)
-    num_experts, num_tokens = parameters[0].shape[0], x_XD.shape[0]
     shards = runtime.mesh.shape["data"] * runtime.mesh.shape[AXIS]
     if num_tokens % shards:  # a small batch, at inference: rows that go to no expert
         missing = ((0, -num_tokens % shards), (0, 0))
@@ -147,7 +192,7 @@ def apply_experts(
         ids_XK = jnp.pad(ids_XK, missing, constant_values=num_experts)
     rows, experts = PartitionSpec(BATCH_AXES), PartitionSpec(AXIS)
     y_XD = jax.shard_map(
-        partial(apply_experts_on_shard, function, num_experts=num_experts, hops=make_hops(runtime)),
+        function,
         mesh=runtime.mesh,
         in_specs=(rows, rows, rows, *(experts for _ in parameters)),
         out_specs=rows,

@@ -78,3 +78,37 @@ def sort_pairs(ids_XK: jax.Array, num_groups: int) -> tuple[Routes, Routes, jax.
     pair_M = jnp.where(positions < total, pair_of_position, num_pairs)[:num_slots]
     rows = Routes(pair_M // top_k, slot_of_pair.reshape(num_rows, top_k))
     return rows, Routes(pair_M, slot_of_pair[:, None]), sizes_G
+
+
+def align(
+    rows: Routes, pairs: Routes, sizes_G: jax.Array, alignment: int
+) -> tuple[Routes, Routes, jax.Array]:
+    """Lets every group of `sort_pairs` start at a multiple of `alignment`, after empty slots.
+
+    Returns:
+      The routes with M + G (alignment - 1) slots, rounded up to a multiple of `alignment`, and the
+      int32 sizes with the empty slots at a group's end, multiples of `alignment` too.
+    """
+    aligned_G = -(-sizes_G // alignment) * alignment
+    end_G, aligned_end_G = jnp.cumsum(sizes_G), jnp.cumsum(aligned_G)
+    shift_G = (aligned_end_G - aligned_G) - (end_G - sizes_G)
+    num_slots, num_groups = rows.row_M.shape[0], sizes_G.shape[0]
+    num_aligned = -(-(num_slots + num_groups * (alignment - 1)) // alignment) * alignment
+
+    def group_of(slot: jax.Array, end_G: jax.Array) -> jax.Array:
+        """Slots after the last group are counted as its own."""
+        group = jnp.searchsorted(end_G, slot, side="right", method="compare_all")
+        return jnp.minimum(group, num_groups - 1)
+
+    new_slot_M = jnp.arange(num_aligned, dtype=jnp.int32)
+    group_M = group_of(new_slot_M, aligned_end_G)
+    slot_M = new_slot_M - shift_G[group_M]
+    slot_M = jnp.where(slot_M < end_G[group_M], slot_M, num_slots)
+
+    def moved(routes: Routes) -> Routes:
+        num_rows = routes.slot_XK.shape[0]
+        row_M = routes.row_M.at[slot_M].get(mode="fill", fill_value=num_rows)
+        slot_XK = routes.slot_XK + shift_G[group_of(routes.slot_XK, end_G)]
+        return Routes(row_M, jnp.where(routes.slot_XK < num_slots, slot_XK, num_aligned))
+
+    return moved(rows), moved(pairs), aligned_G

@@ -27,10 +27,12 @@ from pallas_kernels import (
     quantize_blocks,
     quantize_columns,
     quantize_tiles,
+    quantize_tiles_and_columns,
     retile,
+    swiglu_quantize_tiles,
 )
 from pallas_kernels.fp8_matmul import reference as fp8_matmul_reference
-from pallas_kernels.quantize.reference import BLOCK, E4M3_MAX
+from pallas_kernels.quantize.reference import BLOCK, E4M3_MAX, gated
 
 if TYPE_CHECKING:
     from dsv3_jax.precision.fp8_weight import Fp8Weight
@@ -62,12 +64,29 @@ def columns(x_MK: jax.Array, recipe: Fp8Recipe, power_of_two: bool = False) -> Q
     return _one_scale(x_MK.T, q_KM, s_KR, recipe)
 
 
+def gradient_tiles_and_columns(
+    dy_MN: jax.Array, recipe: Fp8Recipe, power_of_two: bool = False
+) -> tuple[Quantized, Quantized]:
+    """`gradient_tiles` for Dgrad and `columns` for Wgrad, in one pass over dy."""
+    if recipe.gradient_scales != "tiles":
+        return gradient_tiles(dy_MN, recipe, power_of_two), columns(dy_MN, recipe, power_of_two)
+    q_MN, s_MT, q_NM, s_NR = quantize_tiles_and_columns(dy_MN, power_of_two, recipe.implementation)
+    return _one_scale(dy_MN, q_MN, s_MT, recipe), _one_scale(dy_MN.T, q_NM, s_NR, recipe)
+
+
 def columns_of_tiles(
     q_MK: jax.Array, s_MT: jax.Array, recipe: Fp8Recipe, power_of_two: bool = False
 ) -> Quantized:
     """As `columns`, of what `tiles` kept of the forward pass (spec §5.1)."""
     q_KM, s_KR = retile(q_MK, s_MT, power_of_two, recipe.implementation)
     return _one_scale(dequantize_tiles(q_MK, s_MT, jnp.float32).T, q_KM, s_KR, recipe)
+
+
+def swiglu_tiles(h_M2F: jax.Array, weight_M1: jax.Array | None, recipe: Fp8Recipe) -> Quantized:
+    """As `tiles`, of silu(gate) * up [* weight]: q_MF, s_MT."""
+    q_MF, s_MT = swiglu_quantize_tiles(h_M2F, weight_M1, False, recipe.implementation)
+    product_MF = gated(*jnp.split(h_M2F.astype(jnp.float32), 2, axis=-1), weight_M1)
+    return _one_scale(product_MF.astype(h_M2F.dtype), q_MF, s_MT, recipe)
 
 
 def blocks(w_NK: jax.Array, recipe: Fp8Recipe) -> Quantized:
@@ -129,13 +148,10 @@ def fp8_linear(
       UserError: a gradient is asked for and the weight has no master to receive it.
     """
     how = _How(recipe, power_of_two, mesh, name)
-    x_MI = x.reshape(-1, x.shape[-1])
-    num_rows = len(x_MI)
-    if mesh is not None:  # a small batch, at inference: rows of zeros
-        x_MI = jnp.pad(x_MI, ((0, -num_rows % _num_shards(mesh)), (0, 0)))
     w = weight
-    y_MO = _linear(how, x_MI, w.master, w.codes_IO, w.codes_OI, w.scales_IO)
-    return y_MO[:num_rows].reshape(*x.shape[:-1], -1)
+    return on_rows(
+        lambda x_MI: _linear(how, x_MI, w.master, w.codes_IO, w.codes_OI, w.scales_IO), x, mesh
+    )
 
 
 class _How(NamedTuple):
@@ -153,9 +169,9 @@ def _linear(how, x_MI, master, codes_IO, codes_OI, scales_IO):
 def _forward(how, x_MI, codes_OI, scales_IO):
     """y_MO, and the codes and scales of x."""
     quantize = partial(tiles, recipe=how.recipe, power_of_two=how.power_of_two)
-    x_codes = checkpoint_name(_on_shards(quantize, how.mesh, "r")(x_MI), how.name)
+    x_codes = checkpoint_name(on_shards(quantize, how.mesh, "r")(x_MI), how.name)
     multiply = partial(product, out_dtype=jnp.bfloat16, recipe=how.recipe)
-    return _on_shards(multiply, how.mesh, "rrww")(*x_codes, codes_OI, scales_IO.T), x_codes
+    return on_shards(multiply, how.mesh, "rrww")(*x_codes, codes_OI, scales_IO.T), x_codes
 
 
 def _forward_rule(how, x_MI, master, codes_IO, codes_OI, scales_IO):
@@ -168,17 +184,15 @@ def _forward_rule(how, x_MI, master, codes_IO, codes_OI, scales_IO):
 def _backward_rule(how, residuals, dy_MO):
     x_codes, codes_IO, scales_IO, like_x = residuals
 
-    def input_gradient(dy_MO, codes_IO, scales_IO):
-        dy_codes = gradient_tiles(dy_MO, how.recipe)
-        return product(*dy_codes, codes_IO, scales_IO, jnp.bfloat16, how.recipe)
+    def gradients(x_codes, dy_MO, codes_IO, scales_IO):
+        dy_tiles, dy_columns = gradient_tiles_and_columns(dy_MO, how.recipe)
+        dx_MI = product(*dy_tiles, codes_IO, scales_IO, jnp.bfloat16, how.recipe)
+        x_columns = columns_of_tiles(*x_codes, how.recipe, how.power_of_two)
+        return dx_MI, product(*x_columns, *dy_columns, jnp.float32, how.recipe)[None]
 
-    def weight_gradient(q_MI, s_MT, dy_MO):
-        x_columns = columns_of_tiles(q_MI, s_MT, how.recipe, how.power_of_two)
-        dy_columns = columns(dy_MO, how.recipe)
-        return product(*x_columns, *dy_columns, jnp.float32, how.recipe)[None]
-
-    dx_MI = _on_shards(input_gradient, how.mesh, "rww")(dy_MO, codes_IO, scales_IO)
-    partial_dw_SIO = _on_shards(weight_gradient, how.mesh, "rrr")(*x_codes, dy_MO)
+    dx_MI, partial_dw_SIO = on_shards(gradients, how.mesh, "rrww")(
+        x_codes, dy_MO, codes_IO, scales_IO
+    )
     # Summed out here, so that XLA may reduce and scatter at once.
     dw_IO = jnp.sum(partial_dw_SIO, axis=0)
     return dx_MI.astype(like_x.dtype), dw_IO, None, None, None
@@ -187,16 +201,23 @@ def _backward_rule(how, residuals, dy_MO):
 _linear.defvjp(_forward_rule, _backward_rule)
 
 
-def _num_shards(mesh: Mesh) -> int:
-    data, expert = BATCH_AXES
-    return mesh.shape[data] * mesh.shape[expert]
+def on_rows(function: Callable, x: jax.Array, mesh: Mesh | None) -> jax.Array:
+    """A function of rows [M, I] -> [M, O] for [..., I], in rows enough for all devices."""
+    x_MI = x.reshape(-1, x.shape[-1])
+    num_rows = len(x_MI)
+    if mesh is not None:  # a small batch, at inference: rows of zeros
+        data, expert = BATCH_AXES
+        num_shards = mesh.shape[data] * mesh.shape[expert]
+        x_MI = jnp.pad(x_MI, ((0, -num_rows % num_shards), (0, 0)))
+    return function(x_MI)[:num_rows].reshape(*x.shape[:-1], -1)
 
 
-def _on_shards(function: Callable, mesh: Mesh | None, operands: str) -> Callable:
+def on_shards(function: Callable, mesh: Mesh | None, operands: str) -> Callable:
     """Every device on its own rows, since XLA cannot partition a kernel.
 
     Args:
-      operands: a letter each: 'r' has rows of tokens, 'w' is a weight, whole on every device.
+      operands: a letter each: 'r' has rows of tokens (an array, or a pytree of some), 'w' is a
+        weight, whole on every device.
     """
     if mesh is None:
         return function

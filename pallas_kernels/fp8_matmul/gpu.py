@@ -2,11 +2,10 @@
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.hopper_gemm import BLOCK, Config, Tile, gemm
+from pallas_kernels import hopper_configs
+from pallas_kernels.hopper_gemm import Config, Tile, gemm, prepare, row_and_column
 
 
 def fp8_matmul_hopper(
@@ -22,21 +21,18 @@ def fp8_matmul_hopper(
     """As `fp8_matmul_reference`."""
     M, K = q_MK.shape
     N, T = q_NK.shape[0], s_MT.shape[1]
-    config = config or Config()
     by_block = s_BT.shape[0] != N
-    sa_TM = s_MT.T
-    sb = s_BT[None] if by_block else s_BT.T
+    config = config or hopper_configs.dense(M, N, K, by_block, out_dtype)
+    operands = prepare(q_MK, s_MT.T, q_NK, s_BT[None] if by_block else s_BT.T, out_dtype)
     row_tiles, column_tiles = pl.cdiv(M, config.rows), pl.cdiv(N, config.columns)
 
     def locate(index):
-        row, column = plgpu.planar_snake(
-            index, (row_tiles, column_tiles), int(config.snake_columns), config.snake
-        )
+        row, column = row_and_column(config, index, row_tiles, column_tiles)
         return Tile(row * config.rows, column * config.columns, jnp.int32(0), 0, jnp.int32(T))
 
     return gemm(
         config,
-        (q_MK, sa_TM, q_NK, sb),
+        operands,
         (),
         jax.ShapeDtypeStruct((M, N), out_dtype),
         num_tiles=row_tiles * column_tiles,

@@ -62,12 +62,18 @@ def grouped_fp8_weight_gradient_reference(
     """
     ends_G = jnp.cumsum(group_sizes_G) // BLOCK
     tile_R = jnp.arange(s_IR.shape[1])
+    tile_M = jnp.arange(q_IM.shape[1]) // BLOCK
 
     def one_group(group):
         start, end = group
-        inside_R = (tile_R >= start) & (tile_R < end)
-        masked_IR = jnp.where(inside_R, s_IR, 0.0)
-        return fp8_matmul_reference(q_IM, masked_IR, q_OM, s_OR, jnp.float32)
+
+        def own(x, tile):  # of another group, even NaN counts as nothing
+            return jnp.where((tile >= start) & (tile < end), x, jnp.zeros((), x.dtype))
+
+        x_codes, dy_codes = (
+            (own(q, tile_M), own(s, tile_R)) for q, s in ((q_IM, s_IR), (q_OM, s_OR))
+        )
+        return fp8_matmul_reference(*x_codes, *dy_codes, jnp.float32)
 
     dw_GIO = jax.lax.map(one_group, (ends_G - group_sizes_G // BLOCK, ends_G))
     return dw_GIO if add_GIO is None else add_GIO + dw_GIO

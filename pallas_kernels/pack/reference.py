@@ -28,18 +28,13 @@ def pack_rows_reference(q_MK: jax.Array, s_MT: jax.Array) -> jax.Array:
     return jnp.concatenate([codes_MK, scales_MT4.reshape(M, T * _SCALE_BYTES)], axis=1)
 
 
-def unpack_rows_reference(payload_MW: jax.Array, K: int) -> tuple[jax.Array, jax.Array]:
-    """What `pack_rows_reference` packed, K codes a row: q_MK and s_MT.
+def row_bytes(K: int) -> int:
+    """Length of a row of K codes and their scales."""
+    return K + -(-K // BLOCK) * _SCALE_BYTES
 
-    Raises:
-      ValueError: the rows have another length than K codes and their scales.
-    """
-    M, W = payload_MW.shape
-    T = -(-K // BLOCK)
-    if W != K + T * _SCALE_BYTES:
-        raise ValueError(
-            f"rows of {K} codes and {T} scales have {K + T * _SCALE_BYTES} bytes; these have {W}"
-        )
+
+def unpack_rows_reference(payload_MW: jax.Array, K: int) -> tuple[jax.Array, jax.Array]:
+    """What `pack_rows_reference` packed, K codes a row: q_MK and s_MT."""
     q_MK = lax.bitcast_convert_type(payload_MW[:, :K], jnp.float8_e4m3fn)
-    scales_MT4 = payload_MW[:, K:].reshape(M, T, _SCALE_BYTES)
+    scales_MT4 = payload_MW[:, K:].reshape(len(payload_MW), -(-K // BLOCK), _SCALE_BYTES)
     return q_MK, lax.bitcast_convert_type(scales_MT4, jnp.float32)

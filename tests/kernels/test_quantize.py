@@ -8,7 +8,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from pallas_kernels import dequantize_blocks, quantize_blocks
+from pallas_kernels import checking, dequantize_blocks, quantize_blocks
 
 E4M3 = ml_dtypes.float8_e4m3fn
 SHAPES = [(1, 1), (128, 128), (256, 384), (100, 300), (129, 127), (576, 257)]
@@ -22,20 +22,7 @@ def on_the_cpu():
 
 
 def by_numpy(w_NK, power_of_two=False):
-    """Block after block, each with its own scalar scale."""
-    w_NK = np.asarray(w_NK).astype(np.float32)
-    N, K = w_NK.shape
-    q_NK = np.empty((N, K), E4M3)
-    s_BT = np.empty((-(-N // 128), -(-K // 128)), np.float32)
-    for b, t in np.ndindex(*s_BT.shape):
-        block = np.s_[b * 128 : b * 128 + 128, t * 128 : t * 128 + 128]
-        scale = max(np.abs(w_NK[block]).max(), np.float32(1e-4)) / np.float32(448)
-        if power_of_two:
-            fraction, exponent = np.frexp(scale)  # fraction in [0.5, 1)
-            scale = np.ldexp(np.float32(1), exponent - int(fraction == 0.5))
-        s_BT[b, t] = scale
-        q_NK[block] = np.clip(w_NK[block] / scale, -448, 448).astype(E4M3)
-    return q_NK, s_BT
+    return checking.quantize(w_NK, 128, 128, power_of_two)
 
 
 def assert_same_bits(actual, expected):

@@ -6,8 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from quantize_cases import assert_same, hard_matrix
+from quantize_cases import hard_matrix
 
+from pallas_kernels.checking import assert_same
 from pallas_kernels.quantize import gpu, reference
 from pallas_kernels.quantize.gpu import Config
 

@@ -7,11 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from quantize_cases import assert_same, hard_matrix, tiles_by_numpy
+from quantize_cases import hard_matrix
 
 from dsv3_jax.model.layers import RMSNorm
 from dsv3_jax.model.moe import gated_silu
 from pallas_kernels import (
+    checking,
     dequantize_tiles,
     quantize_blocks,
     quantize_blocks_both,
@@ -22,6 +23,7 @@ from pallas_kernels import (
     rms_norm_quantize_tiles,
     swiglu_quantize_tiles,
 )
+from pallas_kernels.checking import assert_same
 
 DTYPES = (jnp.bfloat16, jnp.float32, jnp.float16)
 EMPTY = [(0, 256), (256, 0)]
@@ -32,6 +34,10 @@ def on_the_cpu():
     """A GPU's division is not rounded exactly."""
     with jax.default_device(jax.devices("cpu")[0]):
         yield
+
+
+def tiles_by_numpy(x_MK, power_of_two=False):
+    return checking.quantize(x_MK, 1, 128, power_of_two)
 
 
 def random_matrices(count, finite=False):
@@ -148,5 +154,5 @@ def test_nothing_gives_nothing(shape):
 
 
 def test_an_unknown_implementation_is_named_with_those_allowed():
-    with pytest.raises(ValueError, match="no implementation 'cuda'; allowed: hopper, reference"):
+    with pytest.raises(ValueError, match="no implementation 'cuda'; allowed: .*reference"):
         quantize_tiles(jnp.zeros((1, 128)), implementation="cuda")

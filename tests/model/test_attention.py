@@ -10,6 +10,7 @@ import pytest
 
 from dsv3_jax.errors import UserError
 from dsv3_jax.model import attention
+from dsv3_jax.model import attention_cudnn as cudnn
 
 NAMES = ("q_nope", "q_rope", "k_nope", "k_rope", "v")
 SCALE = 0.37
@@ -78,6 +79,46 @@ def test_equals_the_float64_reference(T, block, separate):
         np.testing.assert_allclose(got, want, atol=1e-5, err_msg=name)
 
 
+@partial(jax.jit, static_argnums=3)
+def passes(inputs, do, segments, name):
+    """As `output_and_gradients`, of an implementation's two passes."""
+    passes = attention.IMPLEMENTATIONS[name]
+    o, lse = passes.forward(*inputs, segments, SCALE)
+    return o, passes.backward(inputs, segments, SCALE, o, lse, do)
+
+
+@pytest.mark.parametrize("separate", [False, True], ids=["one_text", "documents"])
+def test_passes_apart_equal_the_float64_reference(separate, monkeypatch):
+    monkeypatch.setattr(attention, "BLOCK_TOKENS", 4)
+    inputs, do = random_inputs(7)
+    segments = documents(2, 13) if separate else None
+    whole = attention.Attention(
+        *[None] * 2, *attention.by_differentiation(attention.blockwise_attention)
+    )
+    monkeypatch.setitem(attention.IMPLEMENTATIONS, "whole", whole)
+    expected, expected_gradients = reference(inputs, do, segments)
+    for name in ("blockwise", "whole"):
+        o, gradients = passes(inputs, do, segments, name)
+        np.testing.assert_allclose(o, expected, atol=1e-5)
+        for got, want in zip(gradients, expected_gradients, strict=True):
+            np.testing.assert_allclose(got, want, atol=1e-5)
+
+
+def test_backward_pass_takes_the_output_that_it_is_given():
+    inputs, do = random_inputs(8)
+    blockwise = attention.IMPLEMENTATIONS["blockwise"]
+    o, lse = blockwise.forward(*inputs, None, SCALE)
+    # ds = p (dp - do . o) has no sum over keys to lose when o is 0.
+    d_q_nope, *_ = blockwise.backward(inputs, None, SCALE, 0 * o, lse, do)
+    q_nope, q_rope, k_nope, k_rope, v = (x.astype(np.float64) for x in inputs)
+    logits = np.einsum("btnp,bsnp->bnts", q_nope, k_nope)
+    logits += np.einsum("btnr,bsr->bnts", q_rope, k_rope)
+    p = np.where(np.tril(np.ones((13, 13))), np.exp(logits * SCALE), 0)
+    p /= p.sum(-1, keepdims=True)
+    expected = np.einsum("bnts,btnh,bsnh,bsnp->btnp", p, do, v, k_nope, optimize=True) * SCALE
+    np.testing.assert_allclose(d_q_nope, expected, atol=1e-5)
+
+
 def test_large_logits_stay_finite():
     inputs, do = random_inputs(5)
     inputs[0] *= 200.0
@@ -142,6 +183,45 @@ def test_dispatch_names_every_reason():
         attention.mla_attention(*inputs, scale=SCALE, implementation="cudnn")
     with pytest.raises(UserError, match="did you mean 'blockwise'"):
         attention.mla_attention(*inputs, scale=SCALE, implementation="blokwise")
+
+
+def test_cudnn_passes_fit_this_jax(monkeypatch):
+    """What can be known of the private functions without a GPU: they take what we give them."""
+    assert cudnn.has_passes()
+    monkeypatch.setattr(cudnn._cudnn, "check_cudnn_version", lambda: 91000)
+    monkeypatch.setattr(cudnn._cudnn, "check_compute_capability", lambda capability: True)
+    inputs, do = random_inputs(2, T=64, P=16, R=8, H=16, dtype=jnp.bfloat16)
+    apart = partial(passes, segments=None, name="cudnn")
+    o, gradients = jax.eval_shape(apart, inputs, do)
+    for got, like in zip((o, *gradients), (do, *inputs), strict=True):
+        assert (got.shape, got.dtype) == (like.shape, like.dtype)
+
+    def whole(inputs, do):
+        o, vjp = jax.vjp(lambda *x: cudnn.attend(*x, None, SCALE), *inputs)
+        return o, vjp(do)
+
+    def calls(function):
+        lowered = jax.jit(function).trace(inputs, do).lower(lowering_platforms=("cuda",))
+        return [line for line in lowered.as_text().splitlines() if "__cudnn$" in line]
+
+    def settings(function):
+        return [re.search(r'backend_config = ".*?"', line).group() for line in calls(function)]
+
+    assert len(settings(apart)) == 2 and settings(apart) == settings(whole)
+    monkeypatch.setattr(cudnn, "_cudnn", None)
+    assert not cudnn.has_passes()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs a GPU")
+@pytest.mark.parametrize("P, R, H", [(64, 32, 64), (128, 64, 128)])
+def test_cudnn_passes_equal_those_of_blockwise(P, R, H):
+    inputs, do = random_inputs(3, T=640, N=4, P=P, R=R, H=H)
+    inputs, do = [jnp.asarray(x, jnp.bfloat16) for x in inputs], jnp.asarray(do, jnp.bfloat16)
+    results = [passes(inputs, do, None, name) for name in ("cudnn", "blockwise")]
+    for got, want in zip(*(jax.tree.leaves(result) for result in results), strict=True):
+        got, want = np.asarray(got, np.float32), np.asarray(want, np.float32)
+        np.testing.assert_allclose(got, want, atol=0.02 * np.abs(want).max())
 
 
 @pytest.mark.gpu

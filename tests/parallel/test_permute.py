@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dsv3_jax.parallel.permute import collect, sort_pairs, spread
+from dsv3_jax.parallel.permute import align, collect, sort_pairs, spread
 
 X, K, G = 11, 3, 4
 rng = np.random.default_rng(0)
@@ -28,6 +28,32 @@ def test_two_groups_need_at_most_two_slots_a_row():
     ids_XK = jnp.asarray(np.array([rng.permutation(4)[:K] for _ in range(X)]).clip(max=2))
     rows, _, sizes_G = sort_pairs(ids_XK, 2)
     assert len(rows.row_M) == 2 * X >= sizes_G.sum()
+
+
+def test_aligned_groups_start_at_multiples_and_hold_the_same_rows():
+    ids_XK = np.where(IDS_XK == 1, G, IDS_XK)  # group 1 is empty
+    plain = sort_pairs(jnp.asarray(ids_XK), G)
+    rows, pairs, sizes_G = align(*plain, 8)
+    counts = np.bincount(ids_XK.ravel(), minlength=G + 1)[:G]
+    np.testing.assert_array_equal(sizes_G, -(-counts // 8) * 8)
+    assert len(rows.row_M) == len(pairs.row_M) == -(-(X * K + 7 * G) // 8) * 8
+    expected = np.full(len(pairs.row_M), -1)
+    for start, group in zip(np.cumsum(sizes_G) - sizes_G, range(G), strict=True):
+        own = np.flatnonzero(ids_XK.ravel() == group)
+        expected[start : start + len(own)] = own
+    full = expected >= 0
+    np.testing.assert_array_equal(pairs.row_M[full], expected[full])
+    np.testing.assert_array_equal(rows.row_M[full], expected[full] // K)
+    assert (pairs.row_M[~full] >= X * K).all() and (rows.row_M[~full] >= X).all()
+    for pair, slot in enumerate(np.asarray(rows.slot_XK).ravel()):
+        assert slot == (list(expected).index(pair) if ids_XK.ravel()[pair] < G else len(expected))
+    np.testing.assert_array_equal(pairs.slot_XK.ravel(), rows.slot_XK.ravel())
+
+
+def test_aligned_slots_suffice_for_the_worst_case():
+    for ids_XK in (np.full((X, 1), 2), np.arange(X)[:, None] % G):
+        rows, _, sizes_G = align(*sort_pairs(jnp.asarray(ids_XK, jnp.int32), G), 8)
+        assert sizes_G.sum() <= len(rows.row_M)
 
 
 def test_spread_and_collect_are_transposes_and_derivatives():

@@ -1,25 +1,14 @@
 """The FP8 recipe of spec §5.1 read in numpy: what operands become, in float64."""
 
-import ml_dtypes
 import numpy as np
 
-E4M3 = ml_dtypes.float8_e4m3fn
+from pallas_kernels import checking
 
 
 def quantized(x, rows, columns, power_of_two=False):
     """x after quantisation with a scale a block of rows x columns (None: the whole dim)."""
-    x = np.asarray(x).astype(np.float32)
-    result = np.zeros(x.shape, np.float64)
-    rows, columns = rows or len(x), columns or x.shape[1]
-    for i in range(0, len(x), rows):
-        for j in range(0, x.shape[1], columns):
-            block = x[i : i + rows, j : j + columns]
-            scale = np.float32(max(np.abs(block).max(), np.float32(1e-4))) / np.float32(448)
-            if power_of_two:
-                scale = np.float32(2.0 ** np.ceil(np.log2(np.float64(scale))))
-            codes = np.clip(block / scale, -448, 448).astype(E4M3)
-            result[i : i + rows, j : j + columns] = codes.astype(np.float64) * np.float64(scale)
-    return result
+    codes, scales = checking.quantize(x, rows, columns, power_of_two)
+    return checking.dequantize(codes, scales, rows, columns)
 
 
 def linear(x_MI, w_IO, dy_MO, power_of_two=False, gradient_rows=1, tile=128):
