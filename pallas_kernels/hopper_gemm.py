@@ -71,26 +71,37 @@ def row_and_column(
 def prepare(
     a: jax.Array, sa: jax.Array, b: jax.Array, sb: jax.Array, out_dtype: jnp.dtype
 ) -> tuple[jax.Array, ...]:
-    """The operands of `gemm`, as the copy engine takes them: rows of a multiple of 16 bytes.
+    """The operands of `gemm`, with zeros up to the whole tiles that the copy engine moves.
+
+    Returns:
+      a, sa, b, sb; a product of them has rows and columns to be cut off again.
 
     Raises:
-      NotImplementedError: another GPU; codes, or an output, that would have to be copied for that.
+      NotImplementedError: another GPU, or nothing to multiply.
     """
     if jax.default_backend() == "gpu" and jax.devices()[0].compute_capability != "9.0":
         raise NotImplementedError("runs on compute capability 9.0 (Hopper) alone")
-    K, N = a.shape[-1], b.shape[-2]
-    if K % 16 or K == 0:
-        raise NotImplementedError(f"reduces over {K} codes, not over a multiple of 16")
-    step = 16 // jnp.dtype(out_dtype).itemsize
-    if N % step or N == 0:
-        raise NotImplementedError(f"has {N} columns of output, not a multiple of {step}")
     if a.size == 0 or b.size == 0:
-        raise NotImplementedError("has no rows or no groups")
+        raise NotImplementedError("there is nothing to multiply")
+    columns = 128 // jnp.dtype(out_dtype).itemsize
+    return (
+        _padded(a, 8, BLOCK),
+        _padded(sa, 1, 8),
+        _padded(b, columns, BLOCK),
+        _padded(sb, 1, 4 if sb.ndim == 3 else columns),
+    )
 
-    def padded(s):
-        return jnp.pad(s, [(0, 0)] * (s.ndim - 1) + [(0, -s.shape[-1] % 4)])
 
-    return a, padded(sa), b, padded(sb)
+def _padded(x: jax.Array, *multiples: int) -> jax.Array:
+    """Zeros at the ends of the last dims, up to multiples."""
+    sizes = x.shape[-len(multiples) :]
+    return padded_to(x, tuple(n + -n % m for n, m in zip(sizes, multiples, strict=True)))
+
+
+def padded_to(x: jax.Array, sizes: tuple[int, ...]) -> jax.Array:
+    """Zeros at the ends of the last dims, up to sizes."""
+    padding = [(0, size - n) for n, size in zip(x.shape[-len(sizes) :], sizes, strict=True)]
+    return jnp.pad(x, [(0, 0)] * (x.ndim - len(sizes)) + padding)
 
 
 def gemm(

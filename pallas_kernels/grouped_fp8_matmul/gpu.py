@@ -10,7 +10,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from pallas_kernels import hopper_configs
-from pallas_kernels.hopper_gemm import BLOCK, Config, Tile, gemm, prepare, row_and_column
+from pallas_kernels.hopper_gemm import BLOCK, Config, Tile, gemm, padded_to, prepare, row_and_column
 
 
 def grouped_fp8_matmul_hopper(
@@ -26,10 +26,11 @@ def grouped_fp8_matmul_hopper(
     """As `grouped_fp8_matmul_reference`."""
     M, (G, N, _), T = len(q_MK), q_GNK.shape, s_MT.shape[1]
     config = config or hopper_configs.grouped(N, out_dtype)
-    a, sa, b, sb = prepare(q_MK, s_MT.T, q_GNK, s_GBT, out_dtype)
+    operands = prepare(q_MK, s_MT.T, q_GNK, s_GBT, out_dtype)
+    shape = len(operands[0]), operands[2].shape[1]
     column_tiles = pl.cdiv(N, config.columns)
     # One more group: the rows after the last, which are zeros.
-    sizes_H = jnp.append(group_sizes_G, M - jnp.sum(group_sizes_G)).astype(jnp.int32)
+    sizes_H = jnp.append(group_sizes_G, shape[0] - jnp.sum(group_sizes_G)).astype(jnp.int32)
     end_H = jnp.cumsum(sizes_H, dtype=jnp.int32)
     begin_H = end_H - sizes_H
     first_tile_H = begin_H // config.rows
@@ -54,16 +55,17 @@ def grouped_fp8_matmul_hopper(
             own=(begin_V[visit], end_V[visit]),
         )
 
-    return gemm(
+    y_MN = gemm(
         config,
-        (a, sa, b, sb),
+        operands,
         (group_V, tile_V, begin_V, end_V),
-        jax.ShapeDtypeStruct((M, N), out_dtype),
+        jax.ShapeDtypeStruct(shape, out_dtype),
         num_tiles=num_visits * column_tiles,
         locate=locate,
         whole_iterations=T % config.unroll == 0,
         interpret=interpret,
     )
+    return y_MN[:M, :N]
 
 
 def grouped_fp8_weight_gradient_hopper(
@@ -80,6 +82,7 @@ def grouped_fp8_weight_gradient_hopper(
     I, O, G = len(q_IM), len(q_OM), len(group_sizes_G)
     config = config or hopper_configs.grouped_weight_gradient()
     operands = prepare(q_IM, s_IR.T, q_OM, s_OR.T, jnp.float32)
+    shape = len(operands[0]), len(operands[2])
     row_tiles, column_tiles = pl.cdiv(I, config.rows), pl.cdiv(O, config.columns)
     steps_G = group_sizes_G // BLOCK
     first_G = jnp.cumsum(steps_G, dtype=jnp.int32) - steps_G
@@ -92,17 +95,18 @@ def grouped_fp8_weight_gradient_hopper(
             row * config.rows, column * config.columns, group, first_G[group], steps_G[group]
         )
 
-    return gemm(
+    dw_GIO = gemm(
         config,
         operands,
         (first_G, steps_G),
-        jax.ShapeDtypeStruct((G, I, O), jnp.float32),
+        jax.ShapeDtypeStruct((G, *shape), jnp.float32),
         num_tiles=G * row_tiles * column_tiles,
         locate=locate,
         whole_iterations=False,
-        add=add_GIO,
+        add=None if add_GIO is None else padded_to(add_GIO, shape),
         interpret=interpret,
     )
+    return dw_GIO[:, :I, :O]
 
 
 def masked_fp8_matmul_hopper(
@@ -119,6 +123,7 @@ def masked_fp8_matmul_hopper(
     (G, M, T), N = s_GMT.shape, q_GNK.shape[1]
     config = config or hopper_configs.masked(M, N, out_dtype)
     operands = prepare(q_GMK, jnp.swapaxes(s_GMT, 1, 2), q_GNK, s_GBT, out_dtype)
+    shape = operands[0].shape[1], operands[2].shape[1]
     row_tiles, column_tiles = pl.cdiv(M, config.rows), pl.cdiv(N, config.columns)
 
     def locate(num_rows_G, index):
@@ -129,13 +134,14 @@ def masked_fp8_matmul_hopper(
         steps = lax.select(row < num_rows, jnp.int32(T), jnp.int32(0))
         return Tile(row, column * config.columns, group, 0, steps, limit=num_rows)
 
-    return gemm(
+    y_GMN = gemm(
         config,
         operands,
         (num_rows_G,),
-        jax.ShapeDtypeStruct((G, M, N), out_dtype),
+        jax.ShapeDtypeStruct((G, *shape), out_dtype),
         num_tiles=G * row_tiles * column_tiles,
         locate=locate,
         whole_iterations=T % config.unroll == 0,
         interpret=interpret,
     )
+    return y_GMN[:, :M, :N]

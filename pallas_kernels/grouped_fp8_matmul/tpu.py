@@ -43,7 +43,7 @@ def grouped_fp8_matmul_tpu(
     if M * N * K * G == 0:
         return jnp.zeros((M, N), out_dtype)
     config = config.fitted(M, N)
-    end_G = jnp.minimum(jnp.cumsum(group_sizes_G), M)
+    end_G = jnp.cumsum(group_sizes_G)
     # The rows after the last group are one more, which multiplies nothing.
     (tile_V, group_V, start_V, end_V), num_visits = visits(
         jnp.concatenate([end_G - group_sizes_G, end_G[-1:]]),
@@ -112,7 +112,7 @@ def grouped_fp8_weight_gradient_tpu(
     config = config.fitted(I, O)
     rows, columns, depth = config.rows, config.columns, min(config.depth, multiple(M, BLOCK))
     steps = pl.cdiv(M, depth)
-    end_G = jnp.minimum(jnp.cumsum(group_sizes_G), M)
+    end_G = jnp.cumsum(group_sizes_G)
     # Those of an empty group write its zeros.
     (step_V, *groups), num_visits = visits(
         end_G - group_sizes_G, end_G, depth, steps + G, visit_empty=True

@@ -19,7 +19,7 @@ from pallas_kernels.operands import (
     check_scales,
     tile_scales,
 )
-from pallas_kernels.quantize import gpu, reference
+from pallas_kernels.quantize import gpu, reference, tpu
 
 __all__ = [
     "dequantize_blocks",
@@ -142,24 +142,40 @@ def dequantize_blocks(
 _IMPLEMENTATIONS = {
     "quantize_tiles": {
         "hopper": gpu.quantize_tiles_hopper,
+        "tpu": tpu.quantize_tiles_tpu,
         "reference": reference.quantize_tiles_reference,
     },
     "quantize_columns": {
         "hopper": gpu.quantize_columns_hopper,
+        "tpu": tpu.quantize_columns_tpu,
         "reference": reference.quantize_columns_reference,
     },
     "quantize_tiles_and_columns": {
         "hopper": gpu.quantize_tiles_and_columns_hopper,
+        "tpu": tpu.quantize_tiles_and_columns_tpu,
         "reference": reference.quantize_tiles_and_columns_reference,
     },
-    "quantize_blocks": {"reference": reference.quantize_blocks_reference},
-    "quantize_blocks_both": {"reference": reference.quantize_blocks_both_reference},
-    "retile": {"hopper": gpu.retile_hopper, "reference": reference.retile_reference},
+    "quantize_blocks": {
+        "tpu": tpu.quantize_blocks_tpu,
+        "reference": reference.quantize_blocks_reference,
+    },
+    "quantize_blocks_both": {
+        "reference": reference.quantize_blocks_both_reference,
+    },
+    "retile": {
+        "hopper": gpu.retile_hopper,
+        "tpu": tpu.retile_tpu,
+        "reference": reference.retile_reference,
+    },
     "swiglu_quantize_tiles": {
         "hopper": gpu.swiglu_quantize_tiles_hopper,
+        "tpu": tpu.swiglu_quantize_tiles_tpu,
         "reference": reference.swiglu_quantize_tiles_reference,
     },
-    "rms_norm_quantize_tiles": {"reference": reference.rms_norm_quantize_tiles_reference},
+    "rms_norm_quantize_tiles": {
+        "tpu": tpu.rms_norm_quantize_tiles_tpu,
+        "reference": reference.rms_norm_quantize_tiles_reference,
+    },
 }
 
 

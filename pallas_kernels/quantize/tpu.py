@@ -268,13 +268,16 @@ def _encode(x: jax.Array, dims: tuple[int, ...], power_of_two: bool) -> Arrays:
 
 
 def _quotient(x: jax.Array, y: jax.Array | float) -> jax.Array:
-    """x / y rounded once: the chip's own division is x * (1 / y), rounded twice.
-
-    The error of that is exact in products of halves of the digits, and is taken away once. With its
-    sign turned, so that -0 stays.
-    """
     y = jnp.full_like(x, y) if isinstance(y, float) else y
-    inverse = 1 / y
+    return quotient(x, y, 1 / y)
+
+
+def quotient(x: jax.Array, y: jax.Array, inverse: jax.Array) -> jax.Array:
+    """x / y rounded once, from the inverse of y: x * inverse, which the chip divides by, is twice.
+
+    The error of that product is exact in products of halves of the digits, and is taken away once;
+    with its sign turned, so that -0 stays.
+    """
     q = x * inverse
     (q_high, q_low), (y_high, y_low) = _halves(q), _halves(y)
     error = q_high * y_high - x + q_high * y_low + q_low * y_high + q_low * y_low
