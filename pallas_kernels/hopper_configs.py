@@ -28,10 +28,12 @@ def dense(
     num_rows: int, num_columns: int, reduction: int, by_block: bool, out_dtype: jnp.dtype
 ) -> Config:
     """For M, N and K; `by_block`: the right operand has a scale a 128x128 block."""
+    if by_block and _is_wide(out_dtype):
+        return _FLOAT32
     operation = "fp8_matmul" if by_block else "fp8_matmul by tile"
     if tuned := _tuned(operation, num_rows, num_columns, reduction):
         return tuned
-    if not by_block or _is_wide(out_dtype):
+    if not by_block:
         return _FLOAT32
     if num_rows <= _FEW_ROWS:
         return _few_rows(num_rows, num_columns)

@@ -101,7 +101,11 @@ def gemm(
       operands: q_MK, s_MT, q_GNK and s_GTN: codes, and scales a row and 128 of the reduction.
       visits: of tiles of `config.rows`; every tile has one.
       add_MN: float32, added to the result; only where one group has all rows.
+
+    Raises:
+      NotImplementedError: a result in float16.
     """
+    refuse_float16("the result", out_type.dtype)
     q_MK, s_MT, q_GNK, s_GTN = operands
     T = s_MT.shape[1]
     rows, columns, depth = config.rows, config.columns, min(config.depth, T * BLOCK)
@@ -252,6 +256,16 @@ def of_rows(s_GBT: jax.Array, N: int) -> jax.Array:
     if s_GBT.shape[-2] != N:
         s_GBT = jnp.repeat(s_GBT, BLOCK, axis=-2)[..., :N, :]
     return jnp.swapaxes(s_GBT, -1, -2)
+
+
+def refuse_float16(name: str, dtype: jnp.dtype) -> None:
+    """Mosaic has no registers of float16.
+
+    Raises:
+      NotImplementedError: it is asked for.
+    """
+    if dtype == jnp.float16:
+        raise NotImplementedError(f"{name} is float16; TPU kernels take bfloat16 and float32")
 
 
 def multiple(length: int, step: int) -> int:

@@ -18,7 +18,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.quantize.reference import BLOCK, gated, scales
-from pallas_kernels.tpu_gemm import LANES, block_of_lanes, rolled, whole_lanes
+from pallas_kernels.tpu_gemm import LANES, block_of_lanes, refuse_float16, rolled, whole_lanes
 
 Arrays = tuple[jax.Array, ...]
 Operand = tuple[jax.Array, pl.BlockSpec]
@@ -157,7 +157,11 @@ def _launch(
     Args:
       values: (tile, *refs of operands) -> float32 [J, 128], the columns of a tile of a step.
       layouts: of 'tiles' (1x128), 'columns' (128x1, transposed) and 'blocks' (128x128).
+
+    Raises:
+      NotImplementedError: values in float16.
     """
+    refuse_float16("the matrix", operands[0][0].dtype)
     (M, K), rows, columns = shape, config.rows, config.columns
     R, T = pl.cdiv(M, BLOCK), pl.cdiv(K, BLOCK)
     groups, lanes = (pl.cdiv(M, rows), rows // BLOCK), min(T, LANES)
@@ -212,11 +216,16 @@ def _launch(
             compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary")),
             interpret=interpret,
         )(*(array for array, _ in operands))
-    whole = []
-    for layout, q, s in zip(layouts, outputs[::2], outputs[1::2], strict=True):
-        s_XL = s.reshape(-1, s.shape[-1])
-        whole += [q, {"tiles": s_XL, "columns": s_XL[:R].T, "blocks": s_XL[:R]}[layout]]
-    return tuple(whole)
+
+    def whole(i, x):
+        """Scales without their groups; the others as they are."""
+        layout = layouts[i // 2]
+        if i % 2 == 0 or layout == "tiles":
+            return x
+        x = x.reshape(groups[0] * groups[1], x.shape[2])[:R]
+        return x.T if layout == "columns" else x
+
+    return tuple(whole(i, x) for i, x in enumerate(outputs))
 
 
 def _write_tiles(x_JC, tile, q, s, encode, number):

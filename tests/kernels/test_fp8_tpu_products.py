@@ -77,6 +77,12 @@ def test_native_products_where_the_chip_has_them():
     assert WIDENED.code_dtype == Config(device_kind="TPU v6 lite").code_dtype == jnp.bfloat16
 
 
+def test_float16_is_left_to_others():
+    operands = specs.Dense(M=70, N=130, K=300).operands(0)
+    with pytest.raises(NotImplementedError, match="the result is float16"):
+        fp8_matmul_tpu(*operands, jnp.float16)
+
+
 GROUPED = next(spec for spec in specs.SMALL_GROUPED if spec.name == "ragged")  # 273 rows
 SIZES = [GROUPED.sizes, (0, 0, 0, 0, 0), (0, 0, 273, 0, 0), (64, 64, 128, 0, 0), (1, 1, 1, 1, 200)]
 

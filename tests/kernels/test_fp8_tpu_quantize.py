@@ -91,6 +91,11 @@ def test_nothing_launches_nothing(shape):
     assert all(x.size == 0 for x in tpu.swiglu_quantize_tiles_tpu(jnp.zeros((M, 2 * K))))
 
 
+def test_float16_is_left_to_others():
+    with pytest.raises(NotImplementedError, match="the matrix is float16"):
+        tpu.quantize_columns_tpu(jnp.ones((128, 128), jnp.float16))
+
+
 def test_division_is_rounded_once_where_the_chips_own_is_not():
     """The chip's is x * (1 / y): here with quotients next to where codes part."""
     rng = np.random.default_rng(0)  # one quotient in some millions may still be rounded twice
