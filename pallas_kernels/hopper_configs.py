@@ -78,6 +78,7 @@ def _few_rows(num_rows, num_columns):
         columns=32 if num_columns <= 32 * SMS else 64,
         warpgroups=1 if num_rows <= 64 else 2,
         stages=8,
+        overlap=True,
     )
 
 

@@ -161,7 +161,7 @@ _UNEVEN = zipf_sizes(32, _ROWS, num_empty=4)
 _PADDED = zipf_sizes(32, _ROWS, num_empty=4, multiple=BLOCK)
 GROUPED = tuple(
     Grouped(name=f"32 groups, {how}, {N}x{K}", sizes=sizes, N=N, K=K)
-    for how, sizes in (("equal", _EQUAL), ("uneven", _UNEVEN))
+    for how, sizes in (("equal", _EQUAL), ("uneven, padded to 128", _PADDED), ("uneven", _UNEVEN))
     for N, K in EXPERT_WEIGHTS
 )
 GROUPED_GRADIENTS = tuple(

@@ -104,10 +104,12 @@ class TestOnTheChip:
         added_MN = fp8_matmul_hopper(*operands, jnp.float32, -y_MN)
         assert relative_error(added_MN + expected, expected) <= CHIP_ERROR
 
-    @pytest.mark.parametrize("spec", [*specs.V3, *specs.V3_TILES[:2]], ids=lambda spec: spec.name)
+    @pytest.mark.parametrize(
+        "spec", [*specs.V3[::2], specs.V3_TILES[0]], ids=lambda spec: spec.name
+    )
     def test_shapes_of_v3(self, spec):
         operands = draw(spec)
-        rows = np.random.default_rng().choice(spec.M, 32, replace=False)
+        rows = np.random.default_rng().choice(spec.M, 8, replace=False)
         expected = checking.product(operands[0][rows], operands[1][rows], *operands[2:])
         assert relative_error(fp8_matmul_hopper(*operands)[rows], expected) <= ROUNDED_ERROR
 
