@@ -36,7 +36,6 @@ DEFAULTS = {
     "quantize_tiles": Config(rows=64, columns=128, warps=4),
     "quantize_columns": Config(rows=128, columns=64, warps=4),
     "retile": Config(rows=128, columns=64, warps=4),
-    "quantize_tiles_and_columns": Config(rows=128, columns=128, warps=8),
     "swiglu_quantize_tiles": Config(rows=32, columns=128, warps=4),
 }
 
@@ -101,16 +100,11 @@ def retile_hopper(
 
 
 def quantize_tiles_and_columns_hopper(
-    x_MK: jax.Array,
-    power_of_two: bool = False,
-    config: Config = DEFAULTS["quantize_tiles_and_columns"],
-    interpret: bool = False,
+    x_MK: jax.Array, power_of_two: bool = False, interpret: bool = False
 ) -> Arrays:
-    """As `quantize_tiles_and_columns_reference`."""
-    q_KM, s_KR, q_MK, s_MT = _columns(
-        _plain, x_MK.shape, (x_MK,), power_of_two, config, interpret, with_tiles=True
-    )
-    return q_MK, s_MT, q_KM, s_KR
+    """As `quantize_tiles_and_columns_reference`; one program that makes both takes longer."""
+    kwargs = {"power_of_two": power_of_two, "interpret": interpret}
+    return *quantize_tiles_hopper(x_MK, **kwargs), *quantize_columns_hopper(x_MK, **kwargs)
 
 
 def _plain(read, rows_J1, columns_1C, x_MK):
@@ -144,8 +138,8 @@ def _tiles(values, shape, operands, power_of_two, config, interpret):
     return q_MK, s_TM.T
 
 
-def _columns(values, shape, operands, power_of_two, config, interpret, with_tiles=False):
-    """Codes and scales a column and 128 rows, transposed; and those of `_tiles` if asked for.
+def _columns(values, shape, operands, power_of_two, config, interpret):
+    """Codes and scales a column and 128 rows, transposed.
 
     Args:
       values: as for `_tiles`.
@@ -156,7 +150,7 @@ def _columns(values, shape, operands, power_of_two, config, interpret, with_tile
     encode = partial(_encode, power_of_two=power_of_two, interpret=interpret)
 
     def kernel(*refs):
-        inputs, (q_KM, s_RK, *of_tiles) = refs[: len(operands)], refs[len(operands) :]
+        *inputs, q_KM, s_RK = refs
         columns_C = _span(pl.program_id(1), config.columns)
         for r in _blocks(pl.program_id(0), config.rows):
             # Four neighbours in a column share a thread, so their codes are transposed as one word.
@@ -165,22 +159,15 @@ def _columns(values, shape, operands, power_of_two, config, interpret, with_tile
             q, s_C = encode(x, axis=0)
             write(q_KM, _interleaved(*q), columns_C[:, None], _span(r, BLOCK)[None])
             write(s_RK, s_C, r, columns_C)
-            if with_tiles:
-                q_MK, s_TM = of_tiles
-                for rows_I, x_IC in zip(quarters, x, strict=True):
-                    (q_IC,), s_I = encode([x_IC], axis=1)
-                    write(q_MK, q_IC, rows_I[:, None], columns_C[None])
-                    write(s_TM, s_I, pl.program_id(1), rows_I)
 
-    results = [(K, M), (pl.cdiv(M, BLOCK), K)]
-    if with_tiles:
-        results += [(M, K), (pl.cdiv(K, BLOCK), M)]
-    codes_and_scales = _launch(kernel, shape, operands, results, config, interpret)
-    return tuple(x.T if i % 2 else x for i, x in enumerate(codes_and_scales))
+    q_KM, s_RK = _launch(
+        kernel, shape, operands, [(K, M), (pl.cdiv(M, BLOCK), K)], config, interpret
+    )
+    return q_KM, s_RK.T
 
 
 def _launch(kernel, shape, operands, results, config, interpret):
-    """Runs `kernel` on every patch of a matrix; `results` are shapes of codes, scales, codes, .."""
+    """Runs `kernel` on every patch of a matrix; `results` are the shapes of codes and scales."""
     M, K = shape
     if M * K > MAX_SIZE:
         raise NotImplementedError(f"{M} x {K} elements; at most 2**31 - 1")

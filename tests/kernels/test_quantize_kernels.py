@@ -20,12 +20,10 @@ SHAPES = [(256, 256), (200, 300), (7, 130)]
 CHIP_SHAPES = [(4096, 7168), (1000, 1536), (333, 7168), (130, 576), (5, 300), (257, 1111)]
 TILES = [Config(rows=32, columns=128, warps=4), Config(rows=16, columns=256, warps=4)]
 COLUMNS = [Config(rows=128, columns=32, warps=4), Config(rows=256, columns=128, warps=8)]
-BOTH = [Config(rows=128, columns=128, warps=16), Config(rows=256, columns=128, warps=8)]
 CASES = [
     *[("quantize_tiles", config) for config in TILES],
     *[("quantize_columns", config) for config in COLUMNS],
     *[("retile", config) for config in COLUMNS],
-    *[("quantize_tiles_and_columns", config) for config in BOTH],
 ]
 DEFAULTS = [case for case in gpu.DEFAULTS.items() if case[0] != "swiglu_quantize_tiles"]
 
