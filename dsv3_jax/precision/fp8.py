@@ -32,7 +32,7 @@ from pallas_kernels import (
     swiglu_quantize_tiles,
 )
 from pallas_kernels.fp8_matmul import reference as fp8_matmul_reference
-from pallas_kernels.quantize.reference import BLOCK, E4M3_MAX, gated
+from pallas_kernels.quantize.reference import BLOCK, E4M3_MAX, SMALLEST_GRADIENT_MAX, gated
 
 if TYPE_CHECKING:
     from dsv3_jax.precision.fp8_weight import Fp8Weight
@@ -51,34 +51,41 @@ def gradient_tiles(dy_MN: jax.Array, recipe: Fp8Recipe, power_of_two: bool = Fal
 
     With `gradient_scales='blocks'` 128 rows share a scale, which diverges (spec §5.7).
     """
+    how = power_of_two, recipe.implementation, SMALLEST_GRADIENT_MAX
     if recipe.gradient_scales == "tiles":
-        return tiles(dy_MN, recipe, power_of_two)
-    q_MN, s_RT = quantize_blocks(dy_MN, power_of_two)
+        return _one_scale(dy_MN, *quantize_tiles(dy_MN, *how), recipe)
+    q_MN, s_RT = quantize_blocks(dy_MN, *how)
     s_MT = jnp.repeat(s_RT, BLOCK, axis=0)[: len(q_MN)]
     return _one_scale(dy_MN, q_MN, s_MT, recipe)
 
 
 def columns(x_MK: jax.Array, recipe: Fp8Recipe, power_of_two: bool = False) -> Quantized:
-    """An operand of Wgrad, a product over M: q_KM, s_KR (128x1), transposed."""
+    """Activations for Wgrad, a product over M: q_KM, s_KR (128x1), transposed."""
     q_KM, s_KR = quantize_columns(x_MK, power_of_two, recipe.implementation)
     return _one_scale(x_MK.T, q_KM, s_KR, recipe)
 
 
-def gradient_tiles_and_columns(
-    dy_MN: jax.Array, recipe: Fp8Recipe, power_of_two: bool = False
-) -> tuple[Quantized, Quantized]:
-    """`gradient_tiles` for Dgrad and `columns` for Wgrad, in one pass over dy."""
+def gradient_columns(dy_MN: jax.Array, recipe: Fp8Recipe) -> Quantized:
+    """Activation gradients for Wgrad: q_NM, s_NR (128x1), transposed."""
+    how = False, recipe.implementation, SMALLEST_GRADIENT_MAX
+    return _one_scale(dy_MN.T, *quantize_columns(dy_MN, *how), recipe)
+
+
+def gradient_tiles_and_columns(dy_MN: jax.Array, recipe: Fp8Recipe) -> tuple[Quantized, Quantized]:
+    """`gradient_tiles` for Dgrad and `gradient_columns` for Wgrad."""
     if recipe.gradient_scales != "tiles":
-        return gradient_tiles(dy_MN, recipe, power_of_two), columns(dy_MN, recipe, power_of_two)
-    q_MN, s_MT, q_NM, s_NR = quantize_tiles_and_columns(dy_MN, power_of_two, recipe.implementation)
+        return gradient_tiles(dy_MN, recipe), gradient_columns(dy_MN, recipe)
+    how = False, recipe.implementation, SMALLEST_GRADIENT_MAX
+    q_MN, s_MT, q_NM, s_NR = quantize_tiles_and_columns(dy_MN, *how)
     return _one_scale(dy_MN, q_MN, s_MT, recipe), _one_scale(dy_MN.T, q_NM, s_NR, recipe)
 
 
 def columns_of_tiles(
     q_MK: jax.Array, s_MT: jax.Array, recipe: Fp8Recipe, power_of_two: bool = False
 ) -> Quantized:
-    """As `columns`, of what `tiles` kept of the forward pass (spec §5.1)."""
-    q_KM, s_KR = retile(q_MK, s_MT, power_of_two, recipe.implementation)
+    """As `columns`, of the codes of `tiles` or of `gradient_tiles` (spec §5.1)."""
+    # The codes may be of gradients; for activations the bound makes no difference.
+    q_KM, s_KR = retile(q_MK, s_MT, power_of_two, recipe.implementation, SMALLEST_GRADIENT_MAX)
     return _one_scale(dequantize_tiles(q_MK, s_MT, jnp.float32).T, q_KM, s_KR, recipe)
 
 

@@ -20,6 +20,7 @@ from pallas_kernels.operands import (
     tile_scales,
 )
 from pallas_kernels.quantize import gpu, reference, tpu
+from pallas_kernels.quantize.reference import SMALLEST_MAX
 
 __all__ = [
     "dequantize_blocks",
@@ -38,31 +39,45 @@ Quantized = tuple[jax.Array, jax.Array]
 
 
 def quantize_tiles(
-    x_MK: jax.Array, power_of_two: bool = False, implementation: str | None = None
+    x_MK: jax.Array,
+    power_of_two: bool = False,
+    implementation: str | None = None,
+    smallest_max: float = SMALLEST_MAX,
 ) -> Quantized:
     """q_MK E4M3, s_MT float32: see `reference.quantize_tiles_reference`."""
-    return _quantize("quantize_tiles", implementation, "x_MK", x_MK, power_of_two)
+    return _quantize("quantize_tiles", implementation, "x_MK", x_MK, power_of_two, smallest_max)
 
 
 def quantize_columns(
-    x_MK: jax.Array, power_of_two: bool = False, implementation: str | None = None
+    x_MK: jax.Array,
+    power_of_two: bool = False,
+    implementation: str | None = None,
+    smallest_max: float = SMALLEST_MAX,
 ) -> Quantized:
     """q_KM E4M3, s_KR float32: see `reference.quantize_columns_reference`."""
-    return _quantize("quantize_columns", implementation, "x_MK", x_MK, power_of_two)
+    return _quantize("quantize_columns", implementation, "x_MK", x_MK, power_of_two, smallest_max)
 
 
 def quantize_tiles_and_columns(
-    x_MK: jax.Array, power_of_two: bool = False, implementation: str | None = None
+    x_MK: jax.Array,
+    power_of_two: bool = False,
+    implementation: str | None = None,
+    smallest_max: float = SMALLEST_MAX,
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
     """q_MK, s_MT, q_KM, s_KR: see `reference.quantize_tiles_and_columns_reference`."""
-    return _quantize("quantize_tiles_and_columns", implementation, "x_MK", x_MK, power_of_two)
+    return _quantize(
+        "quantize_tiles_and_columns", implementation, "x_MK", x_MK, power_of_two, smallest_max
+    )
 
 
 def quantize_blocks(
-    w_NK: jax.Array, power_of_two: bool = False, implementation: str | None = None
+    w_NK: jax.Array,
+    power_of_two: bool = False,
+    implementation: str | None = None,
+    smallest_max: float = SMALLEST_MAX,
 ) -> Quantized:
     """q_NK E4M3, s_BT float32: see `reference.quantize_blocks_reference`."""
-    return _quantize("quantize_blocks", implementation, "w_NK", w_NK, power_of_two)
+    return _quantize("quantize_blocks", implementation, "w_NK", w_NK, power_of_two, smallest_max)
 
 
 def quantize_blocks_both(
@@ -79,11 +94,12 @@ def retile(
     s_MT: jax.Array,
     power_of_two: bool = False,
     implementation: str | None = None,
+    smallest_max: float = SMALLEST_MAX,
 ) -> Quantized:
     """q_KM E4M3, s_KR float32: see `reference.retile_reference`."""
     _check_tiles("retile", q_MK, s_MT)
     check_flag("retile", "power_of_two", power_of_two)
-    return _run("retile", implementation, q_MK, s_MT, power_of_two)
+    return _run("retile", implementation, q_MK, s_MT, power_of_two, smallest_max)
 
 
 def swiglu_quantize_tiles(
@@ -179,10 +195,10 @@ _IMPLEMENTATIONS = {
 }
 
 
-def _quantize(operation, implementation, name, x_NK, power_of_two):
+def _quantize(operation, implementation, name, x_NK, power_of_two, smallest_max):
     check_floats(operation, name, x_NK, (-1, -1))
     check_flag(operation, "power_of_two", power_of_two)
-    return _run(operation, implementation, x_NK, power_of_two)
+    return _run(operation, implementation, x_NK, power_of_two, smallest_max)
 
 
 def _check_tiles(operation, q_MK, s_MT):

@@ -16,7 +16,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
-from pallas_kernels.quantize.reference import BLOCK, divide, gated, scales
+from pallas_kernels.quantize.reference import BLOCK, SMALLEST_MAX, divide, gated, scales
 
 Arrays = tuple[jax.Array, ...]
 E4M3 = jnp.float8_e4m3fn
@@ -43,11 +43,13 @@ DEFAULTS = {
 def quantize_tiles_hopper(
     x_MK: jax.Array,
     power_of_two: bool = False,
+    smallest_max: float = SMALLEST_MAX,
     config: Config = DEFAULTS["quantize_tiles"],
     interpret: bool = False,
 ) -> Arrays:
     """As `quantize_tiles_reference`."""
-    return _tiles(_plain, x_MK.shape, (x_MK,), power_of_two, config, interpret)
+    scale = partial(scales, power_of_two=power_of_two, smallest_max=smallest_max)
+    return _tiles(_plain, x_MK.shape, (x_MK,), scale, config, interpret)
 
 
 def swiglu_quantize_tiles_hopper(
@@ -69,23 +71,27 @@ def swiglu_quantize_tiles_hopper(
 
     weight_M = () if weight_M1 is None else (weight_M1.reshape(M),)
     operands = (h_M2F.reshape(M, 2, F), *weight_M)
-    return _tiles(product, (M, F), operands, power_of_two, config, interpret)
+    scale = partial(scales, power_of_two=power_of_two, smallest_max=SMALLEST_MAX)
+    return _tiles(product, (M, F), operands, scale, config, interpret)
 
 
 def quantize_columns_hopper(
     x_MK: jax.Array,
     power_of_two: bool = False,
+    smallest_max: float = SMALLEST_MAX,
     config: Config = DEFAULTS["quantize_columns"],
     interpret: bool = False,
 ) -> Arrays:
     """As `quantize_columns_reference`."""
-    return _columns(_plain, x_MK.shape, (x_MK,), power_of_two, config, interpret)
+    scale = partial(scales, power_of_two=power_of_two, smallest_max=smallest_max)
+    return _columns(_plain, x_MK.shape, (x_MK,), scale, config, interpret)
 
 
 def retile_hopper(
     q_MK: jax.Array,
     s_MT: jax.Array,
     power_of_two: bool = False,
+    smallest_max: float = SMALLEST_MAX,
     config: Config = DEFAULTS["retile"],
     interpret: bool = False,
 ) -> Arrays:
@@ -96,32 +102,38 @@ def retile_hopper(
         return read(q_MK, rows_I1, columns_1C) * read(s_TM, t, rows_I1)
 
     operands = (q_MK, s_MT.T)
-    return _columns(dequantized, q_MK.shape, operands, power_of_two, config, interpret)
+    scale = partial(scales, power_of_two=power_of_two, smallest_max=smallest_max)
+    return _columns(dequantized, q_MK.shape, operands, scale, config, interpret)
 
 
 def quantize_tiles_and_columns_hopper(
-    x_MK: jax.Array, power_of_two: bool = False, interpret: bool = False
+    x_MK: jax.Array,
+    power_of_two: bool = False,
+    smallest_max: float = SMALLEST_MAX,
+    interpret: bool = False,
 ) -> Arrays:
     """As `quantize_tiles_and_columns_reference`; one program that makes both takes longer."""
-    kwargs = {"power_of_two": power_of_two, "interpret": interpret}
-    return *quantize_tiles_hopper(x_MK, **kwargs), *quantize_columns_hopper(x_MK, **kwargs)
+    both = quantize_tiles_hopper, quantize_columns_hopper
+    tiles, columns = (f(x_MK, power_of_two, smallest_max, interpret=interpret) for f in both)
+    return *tiles, *columns
 
 
 def _plain(read, rows_J1, columns_1C, x_MK):
     return read(x_MK, rows_J1, columns_1C)
 
 
-def _tiles(values, shape, operands, power_of_two, config, interpret):
+def _tiles(values, shape, operands, scale, config, interpret):
     """Codes and scales a row and 128 columns.
 
     Args:
       values: (read, rows_J1, columns_1C, *refs of operands) -> float32 [J, C], what is quantised.
       shape: (M, K), of all the values.
+      scale: `scales`, but for the maxima and the division.
     """
     M, K = shape
     ragged = M % config.rows != 0 or K % config.columns != 0
     read, write = partial(_read, ragged=ragged), partial(_write, ragged=ragged)
-    encode = partial(_encode, power_of_two=power_of_two, interpret=interpret)
+    encode = partial(_encode, scale=scale, interpret=interpret)
 
     def kernel(*refs):
         *inputs, q_MK, s_TM = refs
@@ -138,7 +150,7 @@ def _tiles(values, shape, operands, power_of_two, config, interpret):
     return q_MK, s_TM.T
 
 
-def _columns(values, shape, operands, power_of_two, config, interpret):
+def _columns(values, shape, operands, scale, config, interpret):
     """Codes and scales a column and 128 rows, transposed.
 
     Args:
@@ -147,7 +159,7 @@ def _columns(values, shape, operands, power_of_two, config, interpret):
     M, K = shape
     ragged = M % config.rows != 0 or K % config.columns != 0
     read, write = partial(_read, ragged=ragged), partial(_write, ragged=ragged)
-    encode = partial(_encode, power_of_two=power_of_two, interpret=interpret)
+    encode = partial(_encode, scale=scale, interpret=interpret)
 
     def kernel(*refs):
         *inputs, q_KM, s_RK = refs
@@ -210,13 +222,13 @@ def _inside(ref, indices):
     return reduce(jnp.logical_and, [i < n for i, n in zip(indices, ref.shape, strict=True)])
 
 
-def _encode(x, axis, power_of_two, interpret):
+def _encode(x, axis, scale, interpret):
     """Codes of float32 arrays that share tiles along `axis`, and the scales."""
     # As integers magnitudes have the same order, with NaN last.
     bits = reduce(jnp.maximum, [lax.bitcast_convert_type(x_, jnp.int32) & 0x7FFFFFFF for x_ in x])
     largest = lax.bitcast_convert_type(jnp.max(bits, axis=axis), jnp.float32)
     quotient = divide if interpret else _quotient
-    s = scales(largest, power_of_two, quotient)
+    s = scale(largest, divide=quotient)
     return [quotient(x_, jnp.expand_dims(s, axis)).astype(E4M3) for x_ in x], s
 
 

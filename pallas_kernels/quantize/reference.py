@@ -11,30 +11,34 @@ import jax.numpy as jnp
 
 BLOCK = 128
 E4M3_MAX = 448.0
-_SMALLEST_MAX = 1e-4  # of a block: keeps the scale of a block of zeros away from 0 (spec §5.1)
+# A block's maximum counts as at least this, which keeps the scale of zeros away from 0 (spec §5.1).
+SMALLEST_MAX = 1e-4
+# Gradients of a mean over a batch of tokens are smaller than that almost everywhere: theirs.
+SMALLEST_GRADIENT_MAX = 2.0**-64
 
 
 def quantize_tiles_reference(
-    x_MK: jax.Array, power_of_two: bool = False
+    x_MK: jax.Array, power_of_two: bool = False, smallest_max: float = SMALLEST_MAX
 ) -> tuple[jax.Array, jax.Array]:
     """E4M3 codes of activations, a scale a row and 128 columns (1x128): x is about q * s.
 
-    s = max|x| / 448 over a tile, the maximum taken as at least 1e-4; q = x / s in float32, clipped
-    to +-448 and rounded once. A NaN or infinity makes its tile's scale one too.
+    s = max|x| / 448 over a tile, the maximum taken as at least `smallest_max`; q = x / s in
+    float32, clipped to +-448 and rounded once. A NaN or infinity makes its tile's scale one too.
 
     Args:
       x_MK: [M, K] of any float dtype.
       power_of_two: round each scale up to a power of two.
+      smallest_max: of a tile; `SMALLEST_GRADIENT_MAX` for gradients.
 
     Returns:
       q_MK: [M, K] float8_e4m3fn.
       s_MT: [M, ceil(K / 128)] float32.
     """
-    return _quantize(x_MK, 1, power_of_two)
+    return _quantize(x_MK, 1, power_of_two, smallest_max)
 
 
 def quantize_columns_reference(
-    x_MK: jax.Array, power_of_two: bool = False
+    x_MK: jax.Array, power_of_two: bool = False, smallest_max: float = SMALLEST_MAX
 ) -> tuple[jax.Array, jax.Array]:
     """E4M3 codes with a scale a column and 128 rows (128x1), transposed: operands of Wgrad.
 
@@ -44,11 +48,14 @@ def quantize_columns_reference(
       q_KM: [K, M] float8_e4m3fn.
       s_KR: [K, ceil(M / 128)] float32.
     """
-    return _quantize(x_MK.T, 1, power_of_two)
+    return _quantize(x_MK.T, 1, power_of_two, smallest_max)
 
 
 def retile_reference(
-    q_MK: jax.Array, s_MT: jax.Array, power_of_two: bool = False
+    q_MK: jax.Array,
+    s_MT: jax.Array,
+    power_of_two: bool = False,
+    smallest_max: float = SMALLEST_MAX,
 ) -> tuple[jax.Array, jax.Array]:
     """1x128 to 128x1 (spec §5.1): dequantised in float32, transposed, quantised again.
 
@@ -56,12 +63,12 @@ def retile_reference(
       q_KM and s_KR, as `quantize_columns_reference`.
     """
     return quantize_columns_reference(
-        dequantize_tiles_reference(q_MK, s_MT, jnp.float32), power_of_two
+        dequantize_tiles_reference(q_MK, s_MT, jnp.float32), power_of_two, smallest_max
     )
 
 
 def quantize_tiles_and_columns_reference(
-    x_MK: jax.Array, power_of_two: bool = False
+    x_MK: jax.Array, power_of_two: bool = False, smallest_max: float = SMALLEST_MAX
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
     """Both layouts of one matrix, as the gradient of an output needs them (Dgrad and Wgrad).
 
@@ -69,8 +76,8 @@ def quantize_tiles_and_columns_reference(
       q_MK and s_MT, as `quantize_tiles_reference`; q_KM and s_KR, as `quantize_columns_reference`.
     """
     return (
-        *quantize_tiles_reference(x_MK, power_of_two),
-        *quantize_columns_reference(x_MK, power_of_two),
+        *quantize_tiles_reference(x_MK, power_of_two, smallest_max),
+        *quantize_columns_reference(x_MK, power_of_two, smallest_max),
     )
 
 
@@ -117,7 +124,7 @@ def rms_norm_quantize_tiles_reference(
 
 
 def quantize_blocks_reference(
-    w_NK: jax.Array, power_of_two: bool = False
+    w_NK: jax.Array, power_of_two: bool = False, smallest_max: float = SMALLEST_MAX
 ) -> tuple[jax.Array, jax.Array]:
     """E4M3 codes of weights, a scale a block of 128x128; otherwise as `quantize_tiles_reference`.
 
@@ -125,7 +132,7 @@ def quantize_blocks_reference(
       q_NK: [N, K] float8_e4m3fn.
       s_BT: [ceil(N / 128), ceil(K / 128)] float32.
     """
-    return _quantize(w_NK, BLOCK, power_of_two)
+    return _quantize(w_NK, BLOCK, power_of_two, smallest_max)
 
 
 def quantize_blocks_both_reference(w_IO: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -168,10 +175,10 @@ def dequantize_blocks_reference(
     return _dequantize(q_NK, s_BT, BLOCK, out_dtype)
 
 
-def _quantize(x_NK, rows, power_of_two):
+def _quantize(x_NK, rows, power_of_two, smallest_max):
     """Blocks of `rows` x 128."""
     x_BRTC = _in_blocks(x_NK, rows)
-    s_BT = scales(_largest(x_BRTC).astype(jnp.float32), power_of_two)
+    s_BT = scales(_largest(x_BRTC).astype(jnp.float32), power_of_two, smallest_max)
     # Fused with the cast, the maximum over a block is taken 4 times slower on a CPU.
     x_BRTC, s_BT = jax.lax.optimization_barrier((x_BRTC, s_BT))
     x_BRTC = divide(x_BRTC.astype(jnp.float32), s_BT[:, None, :, None])
@@ -192,11 +199,12 @@ def divide(x: jax.Array, y: jax.Array | float) -> jax.Array:
 def scales(
     max_BT: jax.Array,
     power_of_two: bool,
+    smallest_max: float,
     divide: Callable[[jax.Array, float], jax.Array] = divide,
 ) -> jax.Array:
     """The float32 scales of blocks whose largest magnitudes are `max_BT` (spec §5.1)."""
     # Not `maximum`, for the reason given at `_largest`.
-    s_BT = divide(jnp.where(max_BT < _SMALLEST_MAX, _SMALLEST_MAX, max_BT), E4M3_MAX)
+    s_BT = divide(jnp.where(max_BT < smallest_max, smallest_max, max_BT), E4M3_MAX)
     return _next_power_of_two(s_BT) if power_of_two else s_BT
 
 

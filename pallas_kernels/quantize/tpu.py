@@ -17,7 +17,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.quantize.reference import BLOCK, gated, scales
+from pallas_kernels.quantize.reference import BLOCK, SMALLEST_MAX, gated, scales
 from pallas_kernels.tpu_gemm import LANES, block_of_lanes, refuse_float16, rolled, whole_lanes
 
 Arrays = tuple[jax.Array, ...]
@@ -37,37 +37,54 @@ DEFAULT = Config()
 
 
 def quantize_tiles_tpu(
-    x_MK: jax.Array, power_of_two: bool = False, config: Config = DEFAULT, interpret: bool = False
+    x_MK: jax.Array,
+    power_of_two: bool = False,
+    smallest_max: float = SMALLEST_MAX,
+    config: Config = DEFAULT,
+    interpret: bool = False,
 ) -> Arrays:
     """As `quantize_tiles_reference`."""
-    return _of_matrix(x_MK, ["tiles"], power_of_two, config, interpret)
+    return _of_matrix(x_MK, ["tiles"], power_of_two, smallest_max, config, interpret)
 
 
 def quantize_columns_tpu(
-    x_MK: jax.Array, power_of_two: bool = False, config: Config = DEFAULT, interpret: bool = False
+    x_MK: jax.Array,
+    power_of_two: bool = False,
+    smallest_max: float = SMALLEST_MAX,
+    config: Config = DEFAULT,
+    interpret: bool = False,
 ) -> Arrays:
     """As `quantize_columns_reference`."""
-    return _of_matrix(x_MK, ["columns"], power_of_two, config, interpret)
+    return _of_matrix(x_MK, ["columns"], power_of_two, smallest_max, config, interpret)
 
 
 def quantize_tiles_and_columns_tpu(
-    x_MK: jax.Array, power_of_two: bool = False, config: Config = DEFAULT, interpret: bool = False
+    x_MK: jax.Array,
+    power_of_two: bool = False,
+    smallest_max: float = SMALLEST_MAX,
+    config: Config = DEFAULT,
+    interpret: bool = False,
 ) -> Arrays:
     """As `quantize_tiles_and_columns_reference`."""
-    return _of_matrix(x_MK, ["tiles", "columns"], power_of_two, config, interpret)
+    return _of_matrix(x_MK, ["tiles", "columns"], power_of_two, smallest_max, config, interpret)
 
 
 def quantize_blocks_tpu(
-    w_NK: jax.Array, power_of_two: bool = False, config: Config = DEFAULT, interpret: bool = False
+    w_NK: jax.Array,
+    power_of_two: bool = False,
+    smallest_max: float = SMALLEST_MAX,
+    config: Config = DEFAULT,
+    interpret: bool = False,
 ) -> Arrays:
     """As `quantize_blocks_reference`."""
-    return _of_matrix(w_NK, ["blocks"], power_of_two, config, interpret)
+    return _of_matrix(w_NK, ["blocks"], power_of_two, smallest_max, config, interpret)
 
 
 def retile_tpu(
     q_MK: jax.Array,
     s_MT: jax.Array,
     power_of_two: bool = False,
+    smallest_max: float = SMALLEST_MAX,
     config: Config = DEFAULT,
     interpret: bool = False,
 ) -> Arrays:
@@ -78,7 +95,8 @@ def retile_tpu(
 
     lanes = pl.BlockSpec((config.rows, LANES), lambda m, k: (m, block_of_lanes(k, config.columns)))
     operands = [_patches(q_MK, config), (whole_lanes(s_MT), lanes)]
-    return _launch(dequantized, operands, q_MK.shape, ["columns"], power_of_two, config, interpret)
+    scale = partial(scales, power_of_two=power_of_two, smallest_max=smallest_max)
+    return _launch(dequantized, operands, q_MK.shape, ["columns"], scale, config, interpret)
 
 
 def swiglu_quantize_tiles_tpu(
@@ -101,7 +119,8 @@ def swiglu_quantize_tiles_tpu(
         operands = [_patches(h_M2F, config), _patches(h_M2F, config, F // config.columns)]
     if weight_M1 is not None:
         operands.append(_a_row(weight_M1, config))
-    return _launch(product, operands, (M, F), ["tiles"], power_of_two, config, interpret)
+    scale = partial(scales, power_of_two=power_of_two, smallest_max=SMALLEST_MAX)
+    return _launch(product, operands, (M, F), ["tiles"], scale, config, interpret)
 
 
 def rms_norm_quantize_tiles_tpu(
@@ -122,12 +141,14 @@ def rms_norm_quantize_tiles_tpu(
 
     gain = pl.BlockSpec((1, config.columns), lambda m, k: (0, k))
     operands = [_patches(x_MD, config), _a_row(inverse_M1, config), (gain_D[None], gain)]
-    return _launch(normed, operands, x_MD.shape, ["tiles"], power_of_two, config, interpret)
+    scale = partial(scales, power_of_two=power_of_two, smallest_max=SMALLEST_MAX)
+    return _launch(normed, operands, x_MD.shape, ["tiles"], scale, config, interpret)
 
 
-def _of_matrix(x_MK, layouts, power_of_two, config, interpret):
+def _of_matrix(x_MK, layouts, power_of_two, smallest_max, config, interpret):
+    scale = partial(scales, power_of_two=power_of_two, smallest_max=smallest_max)
     operands = [_patches(x_MK, config)]
-    return _launch(_plain, operands, x_MK.shape, layouts, power_of_two, config, interpret)
+    return _launch(_plain, operands, x_MK.shape, layouts, scale, config, interpret)
 
 
 def _patches(x_MK: jax.Array, config: Config, first: int = 0) -> Operand:
@@ -148,7 +169,7 @@ def _launch(
     operands: list[Operand],
     shape: tuple[int, int],
     layouts: list[str],
-    power_of_two: bool,
+    scale: Callable[..., jax.Array],
     config: Config,
     interpret: bool,
 ) -> Arrays:
@@ -157,6 +178,7 @@ def _launch(
     Args:
       values: (tile, *refs of operands) -> float32 [J, 128], the columns of a tile of a step.
       layouts: of 'tiles' (1x128), 'columns' (128x1, transposed) and 'blocks' (128x128).
+      scale: `scales`, but for the maxima and the division.
 
     Raises:
       NotImplementedError: values in float16.
@@ -190,7 +212,7 @@ def _launch(
         jax.ShapeDtypeStruct(shape, jnp.float32 if i % 2 else E4M3)
         for i, (shape, _) in enumerate(results)
     ]
-    encode = partial(_encode, power_of_two=power_of_two)
+    encode = partial(_encode, scale=scale)
 
     def kernel(*refs):
         inputs, outputs = refs[: len(operands)], refs[len(operands) :]
@@ -266,13 +288,13 @@ def _number(tile: int, config: Config) -> jax.Array:
     return pl.program_id(1) * (config.columns // BLOCK) + tile
 
 
-def _encode(x: jax.Array, dims: tuple[int, ...], power_of_two: bool) -> Arrays:
+def _encode(x: jax.Array, dims: tuple[int, ...], scale: Callable[..., jax.Array]) -> Arrays:
     """Quotients to be cast, at most 448, and the scales of tiles along `dims`."""
     # As integers magnitudes have the same order, with NaN last.
     bits = lax.bitcast_convert_type(x, jnp.int32) & 0x7FFFFFFF
     for dim in dims:
         bits = jnp.max(bits, axis=dim, keepdims=True)
-    s = scales(lax.bitcast_convert_type(bits, jnp.float32), power_of_two, _quotient)
+    s = scale(lax.bitcast_convert_type(bits, jnp.float32), divide=_quotient)
     return _quotient(x, s), s
 
 

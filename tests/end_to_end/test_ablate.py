@@ -59,6 +59,7 @@ def test_a_misspelt_set_of_variants_is_one_line():
 def test_command(name, tmp_path):
     overrides = ["run.num_steps=4", "run.eval_interval=4", "data.max_documents=60"]
     overrides += [f"data.cache_dir={tmp_path / 'cache'}", "parallel.data=1", "parallel.expert=1"]
+    overrides += ["model.num_layers=1", "model.num_dense_layers=0", "precision.remat=none"]
     done = ablate(
         f"--variants={name}",
         "--seeds=1",

@@ -11,6 +11,7 @@ from quantize_cases import hard_matrix
 from pallas_kernels.checking import assert_same
 from pallas_kernels.quantize import gpu, reference
 from pallas_kernels.quantize.gpu import Config
+from pallas_kernels.quantize.reference import SMALLEST_GRADIENT_MAX
 
 on_the_chip = [
     pytest.mark.gpu,
@@ -33,12 +34,12 @@ def operands_of(operation, shape, dtype):
     return reference.quantize_tiles_reference(x_MK) if operation == "retile" else (x_MK,)
 
 
-def expected_of(operation, operands, power_of_two):
+def expected_of(operation, operands, power_of_two, **kwargs):
     """By the definition on the CPU: a GPU's division is not rounded exactly."""
     with jax.default_device(jax.devices("cpu")[0]):
         define = getattr(reference, f"{operation}_reference")
         operands = [np.asarray(x) for x in operands]
-        return jax.jit(partial(define, power_of_two=power_of_two))(*operands)
+        return jax.jit(partial(define, power_of_two=power_of_two, **kwargs))(*operands)
 
 
 def kernel(operation, config, power_of_two, **kwargs):
@@ -60,6 +61,21 @@ class TestInterpreted:
             operands = operands_of(operation, shape, dtype)
             actual = kernel(operation, config, power_of_two, interpret=True)(*operands)
             assert_same(actual, expected_of(operation, operands, power_of_two))
+
+    @pytest.mark.parametrize("operation", [name for name, _ in DEFAULTS])
+    def test_gradients_are_quantised_however_small(self, operation):
+        """Their tiles get scales of their own far below the bound for activations."""
+        (x_MK,) = operands_of("quantize_tiles", (200, 140), jnp.float32)
+        operands = (x_MK * 2.0**-40,)
+        if operation == "retile":
+            operands = reference.quantize_tiles_reference(
+                *operands, smallest_max=SMALLEST_GRADIENT_MAX
+            )
+        kwargs = {"smallest_max": SMALLEST_GRADIENT_MAX}
+        expected = expected_of(operation, operands, False, **kwargs)
+        run = getattr(gpu, f"{operation}_hopper")
+        actual = jax.jit(partial(run, interpret=True, **kwargs))(*operands)
+        assert_same(actual, expected)
 
     @pytest.mark.parametrize("weighted", [False, True])
     @pytest.mark.parametrize("config", TILES)
