@@ -51,11 +51,10 @@ def grouped(num_columns: int, out_dtype: jnp.dtype) -> Config:
     if _is_wide(out_dtype):
         return _FLOAT32
 
-    def width(choice):
-        speed, config = choice
-        return ceil(num_columns / config.columns) * config.columns / speed
-
-    return min(_WIDE[:2], key=width)[1]
+    wide, narrow = _WIDE[0][1], _WIDE[1][1]
+    # Measured at 32 groups of 1024 rows, 4096 x 7168: 1309 against 1203 TFLOP/s.
+    wasted = -num_columns % wide.columns / num_columns
+    return wide if wasted < 0.08 else narrow
 
 
 def masked(num_rows: int, num_columns: int, out_dtype: jnp.dtype) -> Config:
