@@ -35,7 +35,7 @@ MULTIPLIER_REGISTERS = {2: 232, 3: 152}
 class Config:
     """How a product is cut. The output tile is 64 * warpgroups x columns."""
 
-    columns: int = 128  # a multiple of 16
+    columns: int = 128  # a multiple of 16, of 32 where columns have scales of their own
     warpgroups: int = 2  # that multiply
     stages: int = 4  # steps of the reduction in flight
     unroll: int = 2  # steps of the reduction in one iteration of the loop
@@ -131,6 +131,7 @@ def gemm(
     a, sa, b, sb = operands
     by_block = sb.ndim == 3
     rows, columns = config.rows, config.columns
+    assert columns % (16 if by_block else LINE) == 0, config
     chunk = gcd(columns, BLOCK) if by_block else columns  # columns that share a scale
     chunks = [pl.ds(start, chunk) for start in range(0, columns, chunk)]
     # A tile that starts at a multiple of the chunk reaches into so many blocks of the weight.

@@ -12,6 +12,8 @@ from jax.experimental import pallas as pl
 from pallas_kernels import hopper_configs
 from pallas_kernels.hopper_gemm import BLOCK, Config, Tile, gemm, padded_to, prepare, row_and_column
 
+MAX_SIZE = 2**31 - 1  # results: rows that are stored one by one have int32 offsets
+
 
 def grouped_fp8_matmul_hopper(
     q_MK: jax.Array,
@@ -28,6 +30,8 @@ def grouped_fp8_matmul_hopper(
     config = config or hopper_configs.grouped(N, out_dtype)
     operands = prepare(q_MK, s_MT.T, q_GNK, s_GBT, out_dtype)
     shape = len(operands[0]), operands[2].shape[1]
+    if shape[0] * shape[1] > MAX_SIZE:
+        raise NotImplementedError(f"{shape[0]} x {shape[1]} results; at most 2**31 - 1")
     column_tiles = pl.cdiv(N, config.columns)
     # One more group: the rows after the last, which are zeros.
     sizes_H = jnp.append(group_sizes_G, shape[0] - jnp.sum(group_sizes_G)).astype(jnp.int32)
