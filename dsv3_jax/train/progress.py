@@ -56,7 +56,8 @@ def describe(config: Config, device_kind: str) -> str:
         "compute": f"{_si(flops)}FLOP a token, forward and backward{mtp}",
         "memory": f"about {_bytes(memory.total)} a device: parameters {_bytes(memory.parameters)}, "
         f"gradients {_bytes(memory.gradients)}, moments {_bytes(memory.moments)}, "
-        f"activations {_bytes(memory.activations)}, logits {_bytes(memory.logits)}",
+        + (f"FP8 weights {_bytes(memory.codes)}, " if memory.codes else "")
+        + f"activations {_bytes(memory.activations)}, logits {_bytes(memory.logits)}",
         "mesh": f"pipe {parallel.pipe} x data {parallel.data} x expert {parallel.expert} = "
         f"{devices} {device_kind} device{'s' if devices > 1 else ''}, layout {parallel.layout}, "
         f"{parallel.dispatch} dispatch, {config.precision.compute}",
