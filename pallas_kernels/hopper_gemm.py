@@ -127,7 +127,12 @@ def gemm(
       whole_iterations: the steps of every tile are a multiple of `config.unroll`.
       add: float32, of the output's shape: added to the result.
       interpret: parameters of the interpreter, which stands in for the tensor cores.
+
+    Raises:
+      NotImplementedError: jax before 0.11, which cannot lower the kernel.
     """
+    if interpret is None and jax.__version_info__ < (0, 11):
+        raise NotImplementedError("needs jax 0.11 or newer")
     a, sa, b, sb = operands
     by_block = sb.ndim == 3
     rows, columns = config.rows, config.columns

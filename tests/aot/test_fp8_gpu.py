@@ -10,19 +10,14 @@ from pallas_kernels.fp8_matmul.gpu import fp8_matmul_hopper
 from pallas_kernels.grouped_fp8_matmul import gpu as grouped
 from pallas_kernels.hopper_configs import dense
 
-try:
-    from jax.sharding import AbstractDevice
-except ImportError:  # jax < 0.11
-    AbstractDevice = None
-
 pytestmark = pytest.mark.skipif(
-    AbstractDevice is None, reason="jax before 0.11 lowers Mosaic GPU kernels on a GPU only"
+    jax.__version_info__ < (0, 11), reason="the Hopper products need jax 0.11"
 )
 RAGGED = (specs.Dense(M=1000, N=577, K=576), specs.Dense(M=7, N=1, K=3))
 
 
 def lowers(function, operands):
-    h200 = AbstractDevice(device_kind="NVIDIA H200", num_cores=132, platform="cuda")
+    h200 = jax.sharding.AbstractDevice(device_kind="NVIDIA H200", num_cores=132, platform="cuda")
     with jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=h200)):
         lowered = jax.jit(function).trace(*operands).lower(lowering_platforms=("cuda",))
     return "mosaic_gpu" in lowered.as_text()

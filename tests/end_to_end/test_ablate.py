@@ -45,7 +45,7 @@ def test_precision_variants_are_the_recipe_and_one_departure_each():
 
 def ablate(*arguments):
     command = [sys.executable, "-m", "experiments.ablate", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=600)
+    return subprocess.run(command, capture_output=True, text=True, timeout=1800)
 
 
 def test_a_misspelt_set_of_variants_is_one_line():
@@ -60,6 +60,7 @@ def test_command(name, tmp_path):
     overrides = ["run.num_steps=4", "run.eval_interval=4", "data.max_documents=60"]
     overrides += [f"data.cache_dir={tmp_path / 'cache'}", "parallel.data=1", "parallel.expert=1"]
     overrides += ["model.num_layers=1", "model.num_dense_layers=0", "precision.remat=none"]
+    overrides += ["data.sequences_per_step=4", "data.sequence_length=32"]
     done = ablate(
         f"--variants={name}",
         "--seeds=1",
