@@ -46,7 +46,8 @@ def pack_e5m6(x_K: jax.Array) -> tuple[jax.Array, jax.Array]:
     normal_TC = (rounded_TC >> _DROPPED) - (_BIASES << 6)
     subnormal_TC = jnp.round(scaled_TC * 2.0**20).astype(jnp.uint32)  # 64, if it rounds up to one
     codes_TC = jnp.where(scaled_TC < 2.0**-14, subnormal_TC, normal_TC)
-    codes_TC |= (bits_TC >> 31) << 11
+    # What is no number would spill into the half byte of the column that it is packed with.
+    codes_TC = codes_TC & 0x7FF | (bits_TC >> 31) << 11
     even = width + width % 2
     first, second = jnp.split(codes_TC.reshape(*leading, -1)[..., :even], 2, axis=-1)
     bytes_C = jnp.concatenate([first, second, first >> 8 | second >> 8 << 4], axis=-1)
