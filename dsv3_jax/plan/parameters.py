@@ -65,13 +65,13 @@ def _attention(model: ModelConfig) -> _Table:
         table = {
             "wq_a.kernel": ((D, Q), ("embed", "q_latent")),
             "q_norm.gain": ((Q,), (None,)),
-            "wq_b.kernel": ((Q, queries), ("q_latent", "heads")),
+            "wq_b.kernel": ((Q, queries), ("q_latent", "up_heads")),
         }
     values = N * model.v_head_dim
     return table | {
         "wkv_a.kernel": ((D, L + R), ("embed", "kv_latent")),
         "kv_norm.gain": ((L,), (None,)),
-        "wkv_b.kernel": ((L, N * model.qk_nope_head_dim + values), ("kv_latent", "heads")),
+        "wkv_b.kernel": ((L, N * model.qk_nope_head_dim + values), ("kv_latent", "up_heads")),
         "wo.kernel": ((values, D), ("heads", "embed")),
     }
 

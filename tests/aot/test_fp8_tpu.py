@@ -30,7 +30,7 @@ PRODUCTS = [
 MATRICES = [specs.QUANTIZE[0], specs.Quantize(M=1000, K=576)]
 
 
-@pytest.fixture(scope="module", params=["v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1"])
+@pytest.fixture(scope="module", params=["v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1"])
 def device(request):
     # The first keeps libtpu from asking the network what it runs on, the second lets several
     # processes (test workers) load it.

@@ -1,0 +1,27 @@
+"""KV-cache bytes a token against spec §12 (kB of 1000 bytes)."""
+
+import pytest
+
+from dsv3_jax.configs import get
+from dsv3_jax.plan.kv_cache import PUBLISHED_CACHES, latent_cache
+
+PUBLISHED = {
+    "DeepSeek-V3": 70_272,
+    "DeepSeek-V2": 69_120,
+    "DeepSeek-V2-Lite": 31_104,
+    "Qwen-2.5-72B": 327_680,
+    "LLaMA-3.1-405B": 516_096,
+    "V3 with multi-head attention": 3_997_696,
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED_CACHES)
+def test_published_models_are_exact(name):
+    assert PUBLISHED_CACHES[name].bytes_per_token() == PUBLISHED[name]
+
+
+def test_our_configs_cache_what_the_published_models_do():
+    v3, lite = get("deepseek_v3_671b").model, get("v2_lite_16b").model
+    assert latent_cache(v3).bytes_per_token() == 70_272
+    assert latent_cache(lite).bytes_per_token() == 31_104
+    assert latent_cache(v3).bytes_per_token(itemsize=4) == 140_544
