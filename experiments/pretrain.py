@@ -24,7 +24,7 @@ def main(argv: list[str]) -> int:
         raise UserError(f"unexpected argument {argv[1]!r}; overrides are written --set KEY=VALUE")
     # Mistakes are found before anything slow is imported.
     from dsv3_jax.overrides import load_config
-    from dsv3_jax.train.workdir import check_workdir, default_workdir
+    from dsv3_jax.train.workdir import check_inputs, check_workdir, default_workdir
 
     config = load_config(_CONFIG.value, _SET.value)
     workdir = Path(_WORKDIR.value) if _WORKDIR.value else default_workdir(config)
@@ -34,6 +34,7 @@ def main(argv: list[str]) -> int:
         print(dry_run(config))
         return 0
     check_workdir(config, workdir)
+    check_inputs(config, workdir)
     from dsv3_jax.parallel.mesh import emulate_cpu_devices, initialize_processes
 
     emulate_cpu_devices(config.parallel)

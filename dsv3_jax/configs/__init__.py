@@ -4,10 +4,12 @@ from dsv3_jax.config import Config
 from dsv3_jax.configs.deepseek_v3_671b import deepseek_v3_671b
 from dsv3_jax.configs.small import small
 from dsv3_jax.configs.tiny import tiny
+from dsv3_jax.configs.tiny_posttrain import tiny_extend, tiny_grpo, tiny_sft
 from dsv3_jax.configs.v2_lite_16b import v2_lite_16b
 from dsv3_jax.errors import UserError, did_you_mean
 
-CONFIGS = {function.__name__: function for function in (tiny, small, v2_lite_16b, deepseek_v3_671b)}
+_RUNS = (tiny, tiny_extend, tiny_sft, tiny_grpo, small, v2_lite_16b, deepseek_v3_671b)
+CONFIGS = {function.__name__: function for function in _RUNS}
 
 
 def get(name: str) -> Config:

@@ -6,6 +6,7 @@ from dsv3_jax.config import (
     ModelConfig,
     OptimConfig,
     ParallelConfig,
+    PrecisionConfig,
     RunConfig,
 )
 
@@ -37,11 +38,21 @@ def deepseek_v3_671b() -> Config:
             num_groups=8,
             num_groups_kept=4,
         ),
-        parallel=ParallelConfig(data=16, expert=64, dispatch="hierarchical"),
+        # Of 1,024 devices. A step's 48 to 240 micro-batches feed DualPipe from both ends.
+        parallel=ParallelConfig(
+            pipe=16,
+            expert=64,
+            schedule="dualpipe",
+            max_deferred=1,
+            dispatch="hierarchical",
+            buffer_factor=2.0,
+        ),
+        precision=PrecisionConfig(remat="full"),
         optim=OptimConfig(total_tokens=14.8e12, ema_decay=0.999),
         data=DataConfig(
             tokenizer="tokenizer.json",
             sequences_per_step_start=3072,
-            microbatch_sequences=1024,
+            batch_ramp_sequences=1024,
+            microbatch_sequences=64,
         ),
     )

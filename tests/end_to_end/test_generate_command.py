@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from flax import nnx
+from hurry import COMMAND_FLAGS
 
 from dsv3_jax import DeepSeekV3, configs
 from dsv3_jax.checkpoint.pretrained import load_run_tokenizer
@@ -33,11 +34,18 @@ def folder(tmp_path_factory):
     return path
 
 
-def generate(folder, *arguments):
+def generate(folder, *arguments, said=""):
     path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-    environment = {**os.environ, "PYTHONPATH": path, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": path,
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": COMMAND_FLAGS,
+    }
     command = [sys.executable, "-m", "experiments.generate", f"--checkpoint={folder}", *arguments]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    return subprocess.run(
+        command, env=environment, capture_output=True, text=True, timeout=300, input=said
+    )
 
 
 def test_a_chat_ends_where_the_model_ends_it(folder):
@@ -53,6 +61,30 @@ def test_a_chat_ends_where_the_model_ends_it(folder):
     done = generate(folder, "--chat", f"--prompt={QUESTION}", *options)
     assert done.returncode == 0, done.stderr
     assert done.stdout == tokenizer.decode(answer) + "\n"
+
+
+@pytest.mark.slow
+def test_a_conversation_keeps_what_was_said(folder):
+    model, tokenizer = DeepSeekV3.from_pretrained(folder), load_run_tokenizer(folder)
+
+    def answer(messages):
+        ids = encode_chat(tokenizer, ChatTemplate(), messages, True)
+        tokens = model.generate(np.array([ids]), max_new_tokens=8)[0, len(ids) :].tolist()
+        ended = [*tokens, tokenizer.eos_id]
+        return tokenizer.decode(ended[: ended.index(tokenizer.eos_id)])
+
+    first = [{"role": "user", "content": "What is it?"}]
+    second = first + [
+        {"role": "assistant", "content": answer(first)},
+        {"role": "user", "content": "Is it?"},
+    ]
+    expected = [answer(first), answer(second), answer(first)]
+    options = ("--chat", "--max_new_tokens=8", "--context_tokens=128")
+    too_long = "What is it? " * 40
+    said = f"What is it?\n\n{too_long}\nIs it?\n/new\nWhat is it?\n"
+    done = generate(folder, *options, said=said)
+    assert done.returncode == 0 and done.stdout == "".join(f"{text}\n" for text in expected)
+    assert done.stderr.count("error: ") == 1 and "/new" in done.stderr
 
 
 def test_a_prompt_is_continued(folder):
@@ -71,7 +103,7 @@ def test_mistakes_are_one_line(folder, tmp_path):
     for name in os.listdir(folder):
         os.link(folder / name, tmp_path / name)
     for arguments, told in (
-        ((tmp_path, "--chat"), "cannot lay out these messages (not for users)"),
+        ((tmp_path, "--chat", "--prompt=a"), "cannot lay out these messages (not for users)"),
         ((tmp_path / "nowhere",), "nowhere"),
         ((folder, "--dtype=fp8"), "float32"),
     ):
