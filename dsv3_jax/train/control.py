@@ -1,5 +1,6 @@
 """How a person reaches a running job: stop it with a signal, profile it by touching a file."""
 
+import os
 import signal
 import threading
 from collections.abc import Iterator
@@ -8,27 +9,45 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from jax.experimental import multihost_utils
 
 PROFILED_STEPS = 3
 
 
-@contextmanager
-def stop_signals() -> Iterator[threading.Event]:
-    """An event that SIGINT or SIGTERM sets; a second SIGINT interrupts at once.
+class Stop:
+    """Whether to stop, asked before every step."""
 
-    Python delivers signals to the main thread only; elsewhere the event is never set.
+    def __init__(self):
+        self.asked = threading.Event()  # of this process
+
+    def before(self, step: int) -> bool:
+        """All processes get the same answer: where one was asked to stop, all do at one step."""
+        if jax.process_count() == 1:
+            return self.asked.is_set()
+        return multihost_utils.reached_preemption_sync_point(step)
+
+
+@contextmanager
+def stop_signals() -> Iterator[Stop]:
+    """Lets SIGINT or SIGTERM stop the run; a second SIGINT interrupts at once.
+
+    Python delivers signals to the main thread only; from elsewhere nothing stops the run. Of
+    several processes JAX itself watches SIGTERM, to tell the others.
     """
-    stop = threading.Event()
+    stop = Stop()
 
     def handler(number, frame):
-        if stop.is_set() and number == signal.SIGINT:
+        if stop.asked.is_set() and number == signal.SIGINT:
             raise KeyboardInterrupt
-        stop.set()
+        stop.asked.set()
+        if jax.process_count() > 1:
+            os.kill(os.getpid(), signal.SIGTERM)
 
     if threading.current_thread() is not threading.main_thread():
         yield stop
         return
-    before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
+    ours = (signal.SIGINT,) if jax.process_count() > 1 else (signal.SIGINT, signal.SIGTERM)
+    before = {number: signal.signal(number, handler) for number in ours}
     try:
         yield stop
     finally:
@@ -46,7 +65,10 @@ class Profiler:
     def before_step(self) -> None:
         if not self._steps_left and self._request.exists():
             self._request.unlink(missing_ok=True)
-            jax.profiler.start_trace(str(self._output))
+            # Python's own calls, of a compilation above all, would bury the device's events.
+            options = jax.profiler.ProfileOptions()
+            options.python_tracer_level = 0
+            jax.profiler.start_trace(str(self._output), profiler_options=options)
             self._steps_left = PROFILED_STEPS
 
     def after_step(self, results: Any) -> None:

@@ -21,7 +21,8 @@ def dry_run(config: Config) -> str:
     shardings = jax.tree.map(lambda x: x.sharding, state)
     step = make_train_step(config, graphdef, shardings)
     rows = config.microbatch_sequences
-    tokens = jax.ShapeDtypeStruct((1, rows, config.data.sequence_length + 1), jnp.int32)
+    shape = (config.data.sequences_per_step // rows, rows, config.data.sequence_length + 1)
+    tokens = jax.ShapeDtypeStruct(shape, jnp.int32)
     scalar = jax.ShapeDtypeStruct((), jnp.float32)
     jax.eval_shape(step, state, {"tokens": tokens}, scalar, scalar, scalar)
     return f"{describe(config, 'planned')}\nthe configuration is valid and its step can be traced"

@@ -1,5 +1,6 @@
 """The training loss: chunked cross-entropy, multi-token prediction (spec §4), balance (spec §3)."""
 
+from collections.abc import Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -9,7 +10,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from dsv3_jax.config import BalanceConfig
-from dsv3_jax.parallel.mesh import BATCH_AXES
+from dsv3_jax.parallel.context import token_axes, token_spec
 
 LOGITS_BUDGET = 2**27  # float32 logits held at once by a device: 512 MiB
 
@@ -21,6 +22,7 @@ class Losses(NamedTuple):
     main: jax.Array  # next-token cross-entropy, nats
     mtp: jax.Array  # mean over depths of L^k, before lambda
     balance: jax.Array  # sum over layers, weights applied
+    overflow: jax.Array  # rows without room at their experts: above 0 the others mean nothing
 
 
 def cross_entropy(
@@ -36,18 +38,19 @@ def cross_entropy(
     """Sum over tokens of weight * -log softmax(hidden head)[target], a float32 scalar.
 
     Logits exist for a chunk of tokens at a time. Matmul operands are in `compute_dtype`, sums and
-    the head's gradient in float32. With a mesh every device handles its own sequences, so that the
+    the head's gradient in float32. With a mesh every device handles its own tokens, so that the
     head's gradient crosses the network once and not once a chunk.
     """
     per_shard = partial(_sum_of_losses, compute_dtype, logits_budget)
     if mesh is None:
         return per_shard(hidden_BTD, head_DV, targets_BT, weights_BT)
-    rows = P(BATCH_AXES)
+    num_tokens = targets_BT.shape[1]
+    tokens = token_spec(mesh, num_tokens)
     sharded = jax.shard_map(
         lambda *args: per_shard(*args)[None],
         mesh=mesh,
-        in_specs=(rows, P(), rows, rows),
-        out_specs=rows,
+        in_specs=(tokens, P(), tokens, tokens),
+        out_specs=P(token_axes(mesh, num_tokens)),
         check_vma=False,
     )
     return jnp.sum(sharded(hidden_BTD, head_DV, targets_BT, weights_BT))
@@ -113,6 +116,58 @@ def _backward(compute_dtype, budget, gradients, d_total):
 _sum_of_losses.defvjp(_forward, _backward)
 
 
+def token_logprobs(
+    hidden_BTD: jax.Array,
+    head_DV: jax.Array,
+    targets_BT: jax.Array,
+    *,
+    compute_dtype: jnp.dtype,
+    mesh: Mesh | None = None,
+    logits_budget: int = LOGITS_BUDGET,
+) -> tuple[jax.Array, jax.Array]:
+    """log softmax(hidden head)[target], and the entropy of that softmax: float32 [B, T], nats.
+
+    As in `cross_entropy` logits exist for a chunk of tokens at a time, and every device handles its
+    own tokens. The backward pass makes them again. No gradient flows through the entropy.
+    """
+    per_shard = partial(_logprobs, compute_dtype, logits_budget)
+    if mesh is None:
+        return per_shard(hidden_BTD, head_DV, targets_BT)
+    tokens = token_spec(mesh, targets_BT.shape[1])
+    return jax.shard_map(
+        per_shard, mesh=mesh, in_specs=(tokens, P(), tokens), out_specs=tokens, check_vma=False
+    )(hidden_BTD, head_DV, targets_BT)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _logprobs(compute_dtype, budget, hidden_BTD, head_DV, targets_BT):
+    no_weights_BT = jnp.zeros(targets_BT.shape, jnp.float32)
+    head, chunks = _chunks(compute_dtype, budget, hidden_BTD, head_DV, targets_BT, no_weights_BT)
+
+    def of_chunk(chunk):
+        hidden_XD, targets_X, _ = chunk
+        logits_XV = jnp.einsum("XD,DV->XV", hidden_XD, head, preferred_element_type=jnp.float32)
+        logprob_XV = jax.nn.log_softmax(logits_XV, axis=-1)
+        target_X = jnp.take_along_axis(logprob_XV, targets_X[:, None], axis=-1)[:, 0]
+        return target_X, -jnp.sum(jnp.exp(logprob_XV) * logprob_XV, axis=-1)
+
+    logprob, entropy = jax.lax.map(of_chunk, chunks)
+    return logprob.reshape(targets_BT.shape), entropy.reshape(targets_BT.shape)
+
+
+def _logprobs_forward(compute_dtype, budget, *args):
+    return _logprobs(compute_dtype, budget, *args), args
+
+
+def _logprobs_backward(compute_dtype, budget, args, gradients):
+    # The gradient of sum(g log p) is that of a cross-entropy with weights -g.
+    _, (d_hidden_BTD, d_head_DV) = _forward(compute_dtype, budget, *args, -gradients[0])
+    return d_hidden_BTD, d_head_DV, None
+
+
+_logprobs.defvjp(_logprobs_forward, _logprobs_backward)
+
+
 def targets_and_weights(
     tokens_BT1: jax.Array, segments_BT1: jax.Array | None, depth: int
 ) -> tuple[jax.Array, jax.Array]:
@@ -155,50 +210,79 @@ def model_losses(
     """Losses of one micro-batch: L = L_main + lambda/D sum_k L^k + sum L_bal (spec §3, §4).
 
     L_main averages over the B*T tokens. L^k has T-k terms a sequence and the divisor T, as printed.
-    With segments only the positions that count are averaged over.
+    With segments only the positions that count are averaged over; with weights it is their sum.
 
     Args:
       model: a `DeepSeekV3`.
-      batch: "tokens" [B, T+1] and, for separated documents, "segments" [B, T+1].
+      batch: "tokens" [B, T+1] and, for separated documents, "segments" [B, T+1]; "weights"
+        [B, T+1], float32, is what a token's loss is multiplied by where it is the target.
       mtp_weight: lambda of spec §4.
 
     Returns:
       The losses, and counts_E of every MoE layer, stacked: tokens routed to each expert.
     """
     main_BTD, mtp_hidden, stats = model.hidden_states(
-        batch["tokens"][:, :-1], segments_BT=_input_segments(batch)
+        batch["tokens"][:, :-1], segments_BT=input_segments(batch)
     )
-    main, count = _summed_loss(model, main_BTD, batch, 0)
-    main = main / count
-    depths = [
-        _summed_loss(model, hidden_BTD, batch, depth)[0] / count
-        for depth, hidden_BTD in enumerate(mtp_hidden, start=1)
-    ]
-    mtp = sum(depths) / len(depths) if depths else jnp.zeros((), jnp.float32)
+    main, mtp = token_losses(model, main_BTD, mtp_hidden, batch, num_targets(batch))
     balance_sum = balance_loss(stats, balance)
     total = main + mtp_weight * mtp + balance_sum
-    return Losses(total, main, mtp, balance_sum), stats.counts_E
+    return Losses(total, main, mtp, balance_sum, jnp.sum(stats.overflow)), stats.counts_E
+
+
+def token_losses(
+    model,
+    main_BTD: jax.Array,
+    mtp_hidden: Sequence[jax.Array],
+    batch: dict[str, jax.Array],
+    count: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+    """L_main and the mean of L^k over the depths, both over `count` positions (`num_targets`)."""
+    main = _summed_loss(model, main_BTD, batch, 0) / count
+    depths = [
+        _summed_loss(model, hidden_BTD, batch, depth) / count
+        for depth, hidden_BTD in enumerate(mtp_hidden, start=1)
+    ]
+    return main, sum(depths) / len(depths) if depths else jnp.zeros((), jnp.float32)
+
+
+def num_targets(batch: dict[str, jax.Array]) -> jax.Array:
+    """What sums over a micro-batch are divided by, float32: its positions with a next token.
+
+    At least 1. With "weights" it is 1: they are normalised over all micro-batches of a step.
+    """
+    if "weights" in batch:
+        return jnp.ones((), jnp.float32)
+    _, weights_BT = targets_and_weights(batch["tokens"], batch.get("segments"), 0)
+    return jnp.maximum(jnp.sum(weights_BT), 1.0)
 
 
 def evaluation_loss(model, batch: dict[str, jax.Array]) -> jax.Array:
     """Mean next-token cross-entropy of the main model on one batch, nats; nothing is updated."""
     hidden_BTD, _, _ = model.hidden_states(
-        batch["tokens"][:, :-1], segments_BT=_input_segments(batch), mtp=False
+        batch["tokens"][:, :-1], segments_BT=input_segments(batch), mtp=False
     )
-    loss, count = _summed_loss(model, hidden_BTD, batch, 0)
-    return loss / count
+    return _summed_loss(model, hidden_BTD, batch, 0) / num_targets(batch)
 
 
-def _input_segments(batch):
+def input_segments(batch: dict[str, jax.Array]) -> jax.Array | None:
     """Documents of the T tokens that the model reads, or None."""
     segments_BT1 = batch.get("segments")
     return None if segments_BT1 is None else segments_BT1[:, :-1]
 
 
-def _summed_loss(model, hidden_BTD, batch, depth):
-    """Sum over the positions that have a target at a depth, and their number (at least 1)."""
+def position_targets(batch: dict[str, jax.Array], depth: int) -> tuple[jax.Array, jax.Array]:
+    """`targets_and_weights` of a batch, times its "weights" where it has them."""
     targets_BT, weights_BT = targets_and_weights(batch["tokens"], batch.get("segments"), depth)
-    loss = cross_entropy(
+    if "weights" in batch:
+        weights_BT = weights_BT * jnp.pad(batch["weights"][:, depth + 1 :], ((0, 0), (0, depth)))
+    return targets_BT, weights_BT
+
+
+def _summed_loss(model, hidden_BTD, batch, depth):
+    """Sum over the positions that have a target at a depth."""
+    targets_BT, weights_BT = position_targets(batch, depth)
+    return cross_entropy(
         hidden_BTD,
         model.head.kernel[...],
         targets_BT,
@@ -206,4 +290,3 @@ def _summed_loss(model, hidden_BTD, batch, depth):
         compute_dtype=model.runtime.compute_dtype,
         mesh=model.runtime.mesh,
     )
-    return loss, jnp.maximum(jnp.sum(weights_BT), 1.0)

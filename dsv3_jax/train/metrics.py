@@ -7,9 +7,9 @@ loss of those same weights. The last step's `validation_loss` is that of the fin
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,8 @@ import jax
 import numpy as np
 from tensorboardX import SummaryWriter
 
+from dsv3_jax.errors import UserError
+from dsv3_jax.train.guards import NO_LIMITS, Guard
 from dsv3_jax.train.progress import Reporter
 
 METRICS_FILE = "metrics.jsonl"
@@ -32,12 +34,15 @@ class DispatchedStep:
     step_tokens: int
     learning_rate: float
     data_seconds: float  # the host waited for its batch
-    metrics: dict[str, jax.Array]
+    metrics: dict[str, Any]
+    batch: dict[str, jax.Array]
     validation_loss: float | None
+    extra: Mapping[str, float] = field(default_factory=dict)  # of the host, for the record
+    limits: np.ndarray = field(default_factory=NO_LIMITS.copy)  # it was held to
 
 
 def make_record(
-    done: DispatchedStep, metrics: dict[str, np.ndarray], tokens_per_second: float
+    done: DispatchedStep, metrics: dict[str, Any], tokens_per_second: float
 ) -> dict[str, Any]:
     """One object of metrics.jsonl. `loss_hex` has every bit of the float32 loss."""
     loss = float(metrics["loss"])
@@ -55,6 +60,7 @@ def make_record(
         "max_violation_layers": layers,
         "tokens_per_second": tokens_per_second,
     }
+    record |= {name: float(value) for name, value in metrics["extra"].items()} | done.extra
     if done.validation_loss is not None:
         record["validation_loss"] = done.validation_loss
     return record
@@ -97,8 +103,14 @@ class MetricsWriter:
             self._append(EXPERT_LOAD_FILE, {"step": record["step"], "load": load})
 
     def _append(self, name: str, record: dict[str, Any]) -> None:
-        self._files[name].write(json.dumps(record) + "\n")
-        self._files[name].flush()
+        try:
+            self._files[name].write(json.dumps(record) + "\n")
+            self._files[name].flush()
+        except OSError as error:
+            raise UserError(
+                f"{self._files[name].name} cannot be written ({error.strerror}); mend that and run "
+                f"again: it continues from the last checkpoint"
+            ) from None
 
     def close(self) -> None:
         for file in self._files.values():
@@ -112,8 +124,8 @@ class StepLog:
     Every process reads; process 0 writes and shows.
     """
 
-    def __init__(self, workdir: Path, first_step: int, reporter: Reporter):
-        self._reporter = reporter
+    def __init__(self, workdir: Path, first_step: int, reporter: Reporter, guard: Guard):
+        self._reporter, self._guard = reporter, guard
         self._writer = MetricsWriter(workdir, first_step) if jax.process_index() == 0 else None
         self._pending: DispatchedStep | None = None
         self._clock = time.perf_counter()
@@ -129,9 +141,18 @@ class StepLog:
             return
         done, self._pending = replace(self._pending, **changes), None
         metrics = jax.device_get(done.metrics)
+        if metrics["overflow"] > 0:
+            raise UserError(
+                f"step {done.step}: {metrics['overflow']:.0f} rows and pairs found no room at "
+                f"their experts; raise parallel.buffer_factor (or leave it out) and run again: "
+                f"it continues from the last checkpoint"
+            )
         now = time.perf_counter()
         seconds, self._clock = now - self._clock, now
         record = make_record(done, metrics, done.step_tokens / seconds)
+        if skipped := self._guard.saw(done.step, metrics, done.limits, done.batch):
+            record["skipped"] = True
+            self._reporter.say(skipped)
         if self._writer:
             self._writer.write(record, metrics["counts"])
             self._reporter.step_done(record, seconds, done.data_seconds)

@@ -63,6 +63,15 @@ def adamw(config: OptimConfig, moments_dtype: jnp.dtype) -> optax.GradientTransf
 
 def clip_by_global_norm(grads: chex.ArrayTree, max_norm: float) -> tuple[chex.ArrayTree, jax.Array]:
     """Scales gradients to a global norm of at most `max_norm`; also returns the norm before."""
-    norm = jnp.sqrt(sum(jnp.sum(jnp.square(g.astype(jnp.float32))) for g in jax.tree.leaves(grads)))
+    norm = jnp.sqrt(sum(_squares(grads)))
     scale = jnp.minimum(1.0, max_norm / jnp.maximum(norm, jnp.finfo(jnp.float32).tiny))
     return jax.tree.map(lambda g: g * scale, grads), norm
+
+
+def leaf_norms(grads: chex.ArrayTree) -> jax.Array:
+    """float32 [leaves]; XLA makes them of the sums that `clip_by_global_norm` needs anyway."""
+    return jnp.sqrt(jnp.stack(_squares(grads)))
+
+
+def _squares(grads: chex.ArrayTree) -> list[jax.Array]:
+    return [jnp.sum(jnp.square(g.astype(jnp.float32))) for g in jax.tree.leaves(grads)]

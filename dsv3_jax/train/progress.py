@@ -7,8 +7,9 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from dsv3_jax.config import Config
+from dsv3_jax.parallel.mesh import axis_sizes
 from dsv3_jax.plan.flops import flops_per_token
-from dsv3_jax.plan.memory import device_memory
+from dsv3_jax.plan.memory import CATEGORIES, device_memory
 from dsv3_jax.plan.parameters import count_parameters
 from dsv3_jax.train import schedules
 
@@ -40,7 +41,8 @@ def describe(config: Config, device_kind: str) -> str:
     counts = count_parameters(model)
     flops = flops_per_token(model, data.sequence_length)
     memory = device_memory(config)
-    devices = parallel.pipe * parallel.data * parallel.expert
+    devices = parallel.num_devices
+    axes = " x ".join(f"{name} {size}" for name, size in axis_sizes(parallel).items())
     mtp = ""
     if model.mtp_depth:
         with_mtp = flops_per_token(model, data.sequence_length, include_mtp=True)
@@ -54,13 +56,14 @@ def describe(config: Config, device_kind: str) -> str:
         "parameters": f"{counts.total:,} total, {counts.activated:,} active a token"
         + (f", {counts.mtp_unique:,} more in MTP" if model.mtp_depth else ""),
         "compute": f"{_si(flops)}FLOP a token, forward and backward{mtp}",
-        "memory": f"about {_bytes(memory.total)} a device: parameters {_bytes(memory.parameters)}, "
-        f"gradients {_bytes(memory.gradients)}, moments {_bytes(memory.moments)}, "
-        + (f"FP8 weights {_bytes(memory.codes)}, " if memory.codes else "")
-        + f"activations {_bytes(memory.activations)}, logits {_bytes(memory.logits)}",
-        "mesh": f"pipe {parallel.pipe} x data {parallel.data} x expert {parallel.expert} = "
-        f"{devices} {device_kind} device{'s' if devices > 1 else ''}, layout {parallel.layout}, "
-        f"{parallel.dispatch} dispatch, {config.precision.compute}",
+        "memory": f"about {_bytes(memory.total)} a device: "
+        + ", ".join(
+            f"{label} {_bytes(size)}"
+            for name, label in CATEGORIES.items()
+            if (size := getattr(memory, name))
+        ),
+        "mesh": f"{axes} = {devices} {device_kind} device{'s' if devices > 1 else ''}, "
+        f"layout {parallel.layout}, {parallel.dispatch} dispatch, {config.precision.compute}",
         "batch": f"{data.sequences_per_step:,} sequences x {data.sequence_length:,} = "
         f"{config.tokens_per_step:,} tokens a step, "
         f"{data.sequences_per_step // config.microbatch_sequences} micro-batch(es){ramp}",
@@ -119,6 +122,7 @@ class Reporter:
             f"loss {record['loss']:.4f}",
             f"mtp {record['loss_mtp']:.4f}" if self._config.model.mtp_depth else "",
             f"balance {record['loss_balance']:.2e}",
+            f"reward {record['reward']:.3f}" if "reward" in record else "",
             f"grad {record['grad_norm']:.3f}",
             f"lr {record['learning_rate']:.2e}",
             f"{record['tokens_per_second']:,.0f} tok/s",

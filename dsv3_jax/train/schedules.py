@@ -23,9 +23,16 @@ def published_tokens(config: Config, tokens: int) -> float:
 
 
 def learning_rate(config: Config, step: int, tokens: int) -> float:
-    """Linear 0 -> peak over `optim.warmup_steps` steps, constant, cosine, two constants."""
+    """Linear 0 -> peak over `optim.warmup_steps` steps, constant, cosine, two constants.
+
+    With `optim.schedule='cosine'` one cosine to `optim.final_lr` takes their place (spec §10.1).
+    """
     peak, point = config.optim.peak_lr, published_tokens(config, tokens)
     warmup = min(1.0, step / config.optim.warmup_steps) if config.optim.warmup_steps else 1.0
+    if config.optim.schedule == "cosine":
+        progress = min(1.0, tokens / config.total_tokens)
+        floor = config.optim.final_lr
+        return warmup * (floor + (peak - floor) * 0.5 * (1.0 + math.cos(math.pi * progress)))
     if point < DECAY_START:
         scale = 1.0
     elif point < DECAY_END:
@@ -38,18 +45,20 @@ def learning_rate(config: Config, step: int, tokens: int) -> float:
 
 def bias_speed(config: Config, tokens: int) -> float:
     """gamma of the router-bias update: constant, then 0 (spec §3)."""
+    if config.optim.schedule == "cosine":
+        return config.balance.bias_speed
     return config.balance.bias_speed if published_tokens(config, tokens) < DECAY_END else 0.0
 
 
 def mtp_weight(config: Config, tokens: int) -> float:
     """lambda of the MTP loss (spec §4)."""
-    early = published_tokens(config, tokens) < DECAY_START
+    early = published_tokens(config, tokens) < DECAY_START or config.optim.schedule == "cosine"
     return config.optim.mtp_weight if early else config.optim.mtp_weight_late
 
 
 def sequences_per_step(config: Config, tokens: int) -> int:
-    """Global batch in sequences: a linear ramp in tokens, rounded down to whole micro-batches."""
-    data, rows = config.data, config.microbatch_sequences
+    """Global batch in sequences: a linear ramp in tokens, rounded down to its steps."""
+    data, rows = config.data, config.batch_ramp_sequences
     ramp_tokens = data.batch_ramp_fraction * config.total_tokens
     if data.sequences_per_step_start is None or tokens >= ramp_tokens:
         return data.sequences_per_step

@@ -69,6 +69,12 @@ def abstract_state(config: Config, mesh: Mesh) -> tuple[nnx.GraphDef, TrainState
     )
 
 
+def inference_graphdef(config: Config, mesh: Mesh) -> nnx.GraphDef:
+    """The static model with room for any routing, for what runs outside the training step."""
+    parallel = dataclasses.replace(config.parallel, buffer_factor=None)
+    return abstract_state(dataclasses.replace(config, parallel=parallel), mesh)[0]
+
+
 def init_state(config: Config, mesh: Mesh) -> tuple[nnx.GraphDef, TrainState, TrainState]:
     """Creates the state on the mesh, no array ever whole on one device that does not hold it.
 

@@ -32,17 +32,7 @@ def check_workdir(config: Config, workdir: Path) -> None:
     Raises:
       UserError: the directory cannot be made or written, or holds checkpoints of another model.
     """
-    existing = workdir.absolute()
-    while not existing.exists():
-        existing = existing.parent
-    try:
-        with tempfile.TemporaryFile(dir=existing):
-            pass
-    except OSError as error:
-        raise UserError(
-            f"--workdir={workdir} cannot be written ({existing}: {error.strerror}); "
-            f"give another --workdir"
-        ) from None
+    _check_writable("--workdir", workdir)
     if not (config.checkpoint.restore and _holds_checkpoints(workdir)):
         return
     try:
@@ -58,6 +48,48 @@ def check_workdir(config: Config, workdir: Path) -> None:
             f"and {model.get(key)} here; give another --workdir, or start over with "
             f"--set checkpoint.restore=false"
         )
+
+
+def check_inputs(config: Config, workdir: Path) -> None:
+    """Checks that what a run reads is there, by names alone. Needs neither JAX nor devices.
+
+    Raises:
+      UserError: a source, the tokenizer, a prepared corpus or the first weights do not exist, or
+        the cache folder cannot be made.
+    """
+    from dsv3_jax.data.sources import list_files
+
+    data, inputs = config.data, {}
+    if data.prepared:
+        inputs["data.prepared"] = data.prepared
+    else:
+        for source in data.sources:
+            list_files(source)
+        if data.tokenizer != "train":
+            inputs["data.tokenizer"] = data.tokenizer
+        cache = Path(data.cache_dir).expanduser()
+        if not cache.exists():  # one that exists may be read-only and hold the corpus
+            _check_writable("data.cache_dir", cache)
+    if not (config.checkpoint.restore and _holds_checkpoints(workdir)):
+        inputs["checkpoint.initial_weights"] = config.checkpoint.initial_weights
+    for key, path in inputs.items():
+        if path and not Path(path).expanduser().exists():
+            raise UserError(f"{key}={path} does not exist; correct the path or leave it out")
+
+
+def _check_writable(key: str, path: Path) -> None:
+    """Whether a folder can be made and written."""
+    existing = path.absolute()
+    try:
+        while not existing.exists():
+            existing = existing.parent
+        with tempfile.TemporaryFile(dir=existing):
+            pass
+    except (OSError, ValueError) as error:  # ValueError: a NUL
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(
+            f"{key}={str(path)!r} cannot be written ({str(existing)!r}: {reason}); give another"
+        ) from None
 
 
 def open_workdir(config: Config, workdir: Path, mesh: "Mesh") -> None:

@@ -25,18 +25,6 @@ KEYS = {
 }  # fmt: skip
 
 
-@pytest.fixture(scope="module", autouse=True)
-def compile_once(tmp_path_factory):
-    """Every run of this module compiles the same programs."""
-    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
-    before = [getattr(jax.config, name) for name in names]
-    for name, value in zip(names, (str(tmp_path_factory.mktemp("compiled")), 0.0), strict=True):
-        jax.config.update(name, value)
-    yield
-    for name, value in zip(names, before, strict=True):
-        jax.config.update(name, value)
-
-
 @pytest.fixture(scope="module")
 def config(small_config, tmp_path_factory) -> Config:
     """Data 2 x expert 2, one micro-batch a step and then two, bfloat16, EMA on."""
@@ -120,15 +108,12 @@ def test_what_a_run_leaves_behind(config, whole_run):
 
 
 def test_stopping_and_continuing_changes_no_bit(config, whole_run, tmp_path, monkeypatch, capsys):
-    """Stopped before steps 1 and 3 by their number and before 6 by SIGINT, with other evaluation
-    and save intervals, a profile and metrics of steps that were lost: the same numbers."""
+    """Stopped before step 3 by its number and before 6 by SIGINT, with other evaluation and save
+    intervals, a profile and metrics of steps that were lost: the same numbers."""
     workdir = tmp_path / "run"
-    for stop_at in (1, 3):
-        part = replace(
-            config, run=replace(config.run, num_steps=stop_at, num_samples=0, eval_interval=100)
-        )
-        assert train(part, workdir) == 0
-        assert contents(workdir)[0] == stop_at
+    part = replace(config, run=replace(config.run, num_steps=3, num_samples=0, eval_interval=100))
+    assert train(part, workdir) == 0
+    assert contents(workdir)[0] == 3
 
     with (workdir / "metrics.jsonl").open("a") as file:  # of steps after the checkpoint
         file.write('{"step": 3, "loss": 0}\n{"step": 4, "lo')

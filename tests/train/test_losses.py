@@ -118,6 +118,7 @@ STATS = SimpleNamespace(
     expert_loss=RNG.random(LAYERS),
     device_loss=RNG.random(LAYERS),
     communication_loss=RNG.random(LAYERS),
+    overflow=jnp.zeros(2),
 )
 
 

@@ -3,9 +3,11 @@
 import math
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
 from dsv3_jax import configs
+from dsv3_jax.parallel.pipeline.schedules import make_schedule
 from dsv3_jax.train import schedules
 
 T = 10**12
@@ -102,3 +104,13 @@ def test_remaining_steps_counts_the_ramp(v3):
     assert schedules.remaining_steps(v3, steps, tokens) == 0
     fixed = replace(v3, run=replace(v3.run, num_steps=30))
     assert schedules.remaining_steps(fixed, 12, 0) == 18
+
+
+def test_every_batch_of_the_ramp_feeds_dualpipe(v3):
+    """Half of the micro-batches enter at each end, at every size on the way."""
+    ramp = v3.data.batch_ramp_fraction * v3.total_tokens
+    points = np.linspace(0, 1.1 * ramp, 997)
+    for sequences in {schedules.sequences_per_step(v3, int(tokens)) for tokens in points}:
+        count, rest = divmod(sequences, v3.microbatch_sequences)
+        assert rest == 0
+        make_schedule(v3.parallel.schedule, v3.parallel.pipe, count)
