@@ -82,9 +82,19 @@ class ParallelConfig:
     pipe: int = 1
     data: int = 1
     expert: int = 1
+    context: int = 1  # devices that share every sequence, for long ones (parallel/context.py)
+    schedule: str = "dualpipe"  # of pipe > 1: 'dualpipe', 'dualpipev', 'zb1p' or '1f1b' (spec §6)
+    max_deferred: int | None = None  # weight-gradient chunks a rank may queue; None: as scheduled
     layout: str = "zero1_ep"  # 'zero1_ep' (the paper's) or 'fsdp_ep'
     dispatch: str = "padded"  # 'padded', 'ragged' or 'hierarchical'
+    # Room for the rows that experts receive, over what even routing sends; None: for any routing.
+    # A step whose rows find no room changes nothing, and the run stops and says so.
+    buffer_factor: float | None = None
     devices_per_node: int = 8  # hierarchical: consecutive `expert` positions that share a node
+
+    @property
+    def num_devices(self) -> int:
+        return self.pipe * self.data * self.context * self.expert
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,7 +121,9 @@ class PrecisionConfig:
 class OptimConfig:
     """AdamW and its schedules (spec §8). Schedules are indexed by tokens, warm-up by steps."""
 
+    schedule: str = "published"  # V3's pre-training; 'cosine': peak_lr to final_lr, rest constant
     peak_lr: float = 2.2e-4
+    final_lr: float = 1e-6  # of schedule 'cosine' (spec §10.1)
     warmup_steps: int = 2000
     total_tokens: float | None = None  # the schedules' 14.8T; None: num_steps * tokens_per_step
     beta1: float = 0.9
@@ -146,14 +158,68 @@ class DataConfig:
     sequences_per_step: int = 15360  # global batch after the ramp
     sequences_per_step_start: int | None = None  # batch at token 0 (3072 in V3); None: no ramp
     batch_ramp_fraction: float = 0.469 / 14.8  # share of total_tokens over which the batch grows
-    microbatch_sequences: int | None = None  # global sequences a micro-batch; None: all
+    # The ramp's steps; every batch size compiles the training step. None: the smallest allowed.
+    batch_ramp_sequences: int | None = None
+    # Global sequences a micro-batch; None: all, or one a device where a pipeline wants many.
+    microbatch_sequences: int | None = None
     fim_rate: float = 0.1  # share of documents turned into prefix-suffix-middle
     punctuation_split_rate: float = 0.1  # share of punctuation+newline tokens split
     deduplicate: bool = True  # drop near-duplicate documents (MinHash)
     filter_quality: bool = True  # drop very short, repetitive or incompressible documents
     separate_documents: bool = False  # block-diagonal attention over packed documents (SFT only)
+    on_bad_record: str = "stop"  # 'stop', or 'skip': left out and counted when texts are prepared
+    max_bad_fraction: float = 1e-4  # of the records that may be skipped; more stop the run
     max_documents: int | None = None  # read at most this many documents of each source
     validation_documents: int = 64  # held out for validation, at most a quarter of a source
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExtendConfig:
+    """Long-context extension (spec §9): phases with as many tokens a step as pre-training had."""
+
+    first_length: int = 32768
+    second_length: int = 131072  # 0: no second phase
+    steps: int = 1000  # of each phase
+    learning_rate: float = 7.3e-6
+
+
+@dataclass(frozen=True, kw_only=True)
+class SftConfig:
+    """Supervised fine-tuning (spec §10.1)."""
+
+    conversations: str = ""  # JSONL file, folder of them or glob; see posttrain/conversations.py
+    epochs: int = 2
+    max_bad_fraction: float = 0.01  # of the records, left out and counted; more stop the run
+
+
+@dataclass(frozen=True, kw_only=True)
+class GrpoConfig:
+    """Group-relative policy optimisation (spec §10.3); V3 publishes no value."""
+
+    problems: str = "arithmetic"  # the built-in task; or JSONL, see posttrain/problems.py
+    reward: str = "exact"  # 'exact', 'boxed', 'boxed_and_format' or 'code'
+    group_size: int = 16  # G answers to a problem (R1-Zero: 16, Math: 64)
+    updates_per_rollout: int = 1  # steps of data.sequences_per_step answers each (R1-Zero: 16)
+    max_answer_tokens: int = 1024
+    temperature: float = 1.0  # of sampling, and of the policy in the loss
+    form: str = "token"  # 'token': mean over an answer's tokens; 'sequence': as V3 prints it
+    clip_epsilon: float = 0.2  # (R1 stage 1: 10)
+    kl_weight: float = 0.001  # beta (R1-Zero: 0.001, Math: 0.04)
+    reference_steps: int = 400  # steps between replacements of the reference policy (R1-Zero)
+    sample_std: bool = False  # divide a group's squared deviations by G - 1 and not by G
+    routing_replay: bool = False  # updates use the experts that the rollout's policy chose
+    reward_seconds: float = 30.0  # for one reward
+    max_failed_fraction: float = 0.1  # of a rollout's rewards; more stop the run
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistillConfig:
+    """Logit distillation; V3 publishes none (it distils texts, spec §10.4)."""
+
+    teacher: str = ""  # run or folder with the student's tokenizer
+    weight: float = 0.5  # of the teacher's distribution; the rest is cross-entropy with the text
+    temperature: float = 1.0  # of both distributions
+    top_k: int = 0  # most probable tokens that are compared, the others as one; 0: each
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,8 +228,19 @@ class CheckpointConfig:
 
     interval_steps: int = 1000
     keep: int = 3  # newest checkpoints kept
+    on_save_error: str = "stop"  # after further tries: 'stop', or 'continue' without a checkpoint
     restore: bool = True  # continue from the newest checkpoint that verifies
     initial_weights: str = ""  # folder or run whose weights a new run starts from; '': random ones
+
+
+@dataclass(frozen=True, kw_only=True)
+class GuardConfig:
+    """Steps that are skipped, computed twice, or waited for no longer."""
+
+    window: int = 128  # accepted steps that tell a spike from noise
+    sigmas: float = 6.0  # deviations over their mean that are a spike; 0: only NaN and Inf are
+    recheck_interval: int = 0  # steps between two that are computed twice; 0: none
+    hang_seconds: float = 60.0  # least time a step is given before the run ends; 0: for ever
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -192,10 +269,26 @@ class Config:
     optim: OptimConfig = field(default_factory=OptimConfig)
     data: DataConfig = field(default_factory=DataConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    guard: GuardConfig = field(default_factory=GuardConfig)
+    extend: ExtendConfig = field(default_factory=ExtendConfig)
+    sft: SftConfig = field(default_factory=SftConfig)
+    grpo: GrpoConfig = field(default_factory=GrpoConfig)
+    distill: DistillConfig = field(default_factory=DistillConfig)
 
     @property
     def microbatch_sequences(self) -> int:
-        return self.data.microbatch_sequences or self.data.sequences_per_step
+        if self.data.microbatch_sequences is not None:
+            return self.data.microbatch_sequences
+        parallel = self.parallel
+        if parallel.pipe > 1:
+            return parallel.data * parallel.expert
+        return self.data.sequences_per_step
+
+    @property
+    def batch_ramp_sequences(self) -> int:
+        """Sequences that a batch may grow by: DualPipe takes micro-batches in pairs (spec §6.2)."""
+        paired = self.parallel.pipe > 1 and self.parallel.schedule == "dualpipe"
+        return self.data.batch_ramp_sequences or self.microbatch_sequences * (2 if paired else 1)
 
     @property
     def tokens_per_step(self) -> int:

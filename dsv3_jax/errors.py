@@ -1,10 +1,13 @@
 """Errors a user can mend: one line on stderr, exit code 2, no traceback."""
 
 import difflib
+import errno
 import sys
 from collections.abc import Callable, Iterable
 
 EXIT_USER_ERROR = 2
+# A disk is the user's to mend: full, over quota, over a limit on file sizes, read-only.
+_DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
 
 
 class UserError(ValueError):
@@ -31,7 +34,7 @@ def some(names: Iterable[str]) -> str:
 def run_main(main: Callable[[list[str]], int | None]) -> None:
     """Runs an absl `main(argv)`, ending with exit code 2 and one line on a `UserError`.
 
-    A wrong command-line flag ends in the same way.
+    A wrong command-line flag and a full or read-only disk end in the same way.
     """
     from absl import app, flags, logging
 
@@ -48,10 +51,18 @@ def run_main(main: Callable[[list[str]], int | None]) -> None:
             return main(argv)
         except UserError as error:
             return _report(error)
+        except OSError as error:
+            if error.errno not in _DISK_ERRORS:
+                raise
+            file = error.filename or "a file"
+            return _report(
+                f"{file} cannot be written ({error.strerror}); mend that and run the same command "
+                f"again, which continues from what is complete"
+            )
 
     app.run(guarded, flags_parser=parsed)
 
 
-def _report(error: Exception) -> int:
+def _report(error: Exception | str) -> int:
     print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
     return EXIT_USER_ERROR

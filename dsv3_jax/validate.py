@@ -8,6 +8,8 @@ from typing import Any, get_args, get_type_hints
 
 from dsv3_jax.config import Config, DataConfig, ModelConfig, ParallelConfig, PrecisionConfig
 from dsv3_jax.errors import UserError, did_you_mean
+from dsv3_jax.parallel.pipeline.partition import moe_layers_of_stages
+from dsv3_jax.parallel.pipeline.schedules import SCHEDULES, make_schedule
 
 CHOICES = {
     "model.group_score": ("top2_sum", "max"),
@@ -15,23 +17,36 @@ CHOICES = {
     "model.mtp_hidden": ("post_norm", "pre_norm"),
     "balance.method": ("loss_free", "auxiliary", "none"),
     "parallel.layout": ("zero1_ep", "fsdp_ep"),
+    "parallel.schedule": tuple(SCHEDULES),
     "parallel.dispatch": ("padded", "ragged", "hierarchical"),
     "precision.compute": ("bfloat16", "float32", "fp8"),
     "precision.moments": ("bfloat16", "float32"),
     "precision.remat": ("none", "paper", "full"),
     "precision.gradient_scales": ("tiles", "blocks"),
     "precision.scales": ("fine", "tensor"),
+    "optim.schedule": ("published", "cosine"),
+    "grpo.reward": ("exact", "boxed", "boxed_and_format", "code"),
+    "data.on_bad_record": ("stop", "skip"),
+    "checkpoint.on_save_error": ("stop", "continue"),
+    "grpo.form": ("token", "sequence"),
     "data.sources.kind": ("python", "text", "jsonl", "parquet", "arrayrecord"),
 }
 
 # Allowed intervals; a round bracket excludes the bound, so '(0, inf)' also rejects inf and nan.
 _INT_INTERVAL = "[1, 2147483647]"
+_MODEL_INTERVAL = "[1, 16777216]"  # a wrong exponent ends here and not in XLA
 _FLOAT_INTERVAL = "(0, inf)"
 _INTERVALS = {
     "run.seed": "[0, 2147483647]",
     "run.num_samples": "[0, inf)",
+    "guard.window": "[2, inf)",
+    "guard.sigmas": "[0, inf)",
+    "guard.recheck_interval": "[0, inf)",
+    "guard.hang_seconds": "[0, inf)",
     "run.eval_batches": "[0, inf)",
     "model.num_dense_layers": "[0, inf)",
+    "parallel.max_deferred": "[0, inf)",
+    "parallel.buffer_factor": "[1, inf)",
     "model.num_shared_experts": "[0, inf)",
     "model.mtp_depth": "[0, inf)",
     "model.yarn.factor": "[1, inf)",
@@ -53,6 +68,14 @@ _INTERVALS = {
     "data.fim_rate": "[0, 1]",
     "data.punctuation_split_rate": "[0, 1]",
     "data.validation_documents": "[0, inf)",
+    "optim.final_lr": "[0, inf)",
+    "extend.second_length": "[0, inf)",
+    "data.max_bad_fraction": "[0, 1]",
+    "sft.max_bad_fraction": "[0, 1]",
+    "grpo.kl_weight": "[0, inf)",
+    "distill.weight": "[0, 1]",
+    "distill.top_k": "[0, inf)",
+    "grpo.max_failed_fraction": "[0, 1]",
 }
 _TYPE_NAMES = {bool: "true or false", int: "an integer", float: "a number", str: "text"}
 
@@ -83,8 +106,9 @@ def validate(config: Config) -> None:
     _check_precision(config.precision)
     _check_batch(config.data, config.parallel, config.microbatch_sequences)
     _check_data(config.data, config.model)
-    if config.parallel.pipe > 1:
-        raise UserError("parallel.pipe must be 1: the pipeline schedules are not built yet")
+    _check_pipeline(config)
+    _check_context(config)
+    _check_buffer_factor(config.parallel)
     if config.parallel.dispatch == "hierarchical":
         if config.parallel.expert > config.parallel.devices_per_node:
             _check_divides(
@@ -93,7 +117,8 @@ def validate(config: Config) -> None:
                 "parallel.devices_per_node",
                 config.parallel.devices_per_node,
             )
-    _ = config.total_tokens  # raises when the length of the run is not given
+    if config.optim.schedule == "published":  # fine-tuning may take its length from the data
+        _ = config.total_tokens  # raises when the length of the run is not given
 
 
 def validate_model(model: ModelConfig) -> None:
@@ -142,7 +167,8 @@ def _check_leaf(key: str, value: Any, annotation: Any) -> None:
         )
     if bool in allowed or str in allowed:
         return
-    interval = _INTERVALS.get(rule, _FLOAT_INTERVAL if float in allowed else _INT_INTERVAL)
+    usual = _MODEL_INTERVAL if rule.startswith("model.") else _INT_INTERVAL
+    interval = _INTERVALS.get(rule, _FLOAT_INTERVAL if float in allowed else usual)
     low, high = (float(bound) for bound in interval[1:-1].split(","))
     above = value > low or (value == low and interval[0] == "[")
     below = value < high or (value == high and interval[-1] == "]")
@@ -212,7 +238,7 @@ def _check_batch(data: DataConfig, parallel: ParallelConfig, rows: int) -> None:
     what = "microbatch_sequences" if data.microbatch_sequences else "sequences_per_step"
     shards = parallel.data * parallel.expert
     _check_divides(f"data.{what}", rows, "parallel.data*parallel.expert", shards)
-    for name in ("sequences_per_step", "sequences_per_step_start"):
+    for name in ("sequences_per_step", "sequences_per_step_start", "batch_ramp_sequences"):
         value = getattr(data, name)
         if value is not None:
             _check_divides(f"data.{name}", value, "data.microbatch_sequences", rows)
@@ -222,6 +248,67 @@ def _check_batch(data: DataConfig, parallel: ParallelConfig, rows: int) -> None:
         "data.sequences_per_step",
         data.sequences_per_step,
     )
+
+
+def _check_buffer_factor(parallel: ParallelConfig) -> None:
+    if parallel.buffer_factor is None:
+        return
+    if parallel.expert == 1 or parallel.dispatch == "ragged":
+        what = "dispatch=ragged" if parallel.dispatch == "ragged" else "expert=1"
+        raise UserError(
+            f"parallel.buffer_factor={parallel.buffer_factor} has no effect with parallel.{what}; "
+            f"leave it out or change parallel.{what.partition('=')[0]}"
+        )
+
+
+def _check_context(config: Config) -> None:
+    """Sequences split over devices (parallel/context.py)."""
+    context, length = config.parallel.context, config.data.sequence_length
+    if context == 1:
+        return
+    if config.parallel.pipe > 1:
+        raise UserError(
+            f"parallel.context={context} does not run in a pipeline of parallel.pipe="
+            f"{config.parallel.pipe}; set one of them to 1"
+        )
+    if config.precision.compute == "fp8":
+        raise UserError(
+            f"parallel.context={context} does not run in FP8; set precision.compute=bfloat16 or "
+            f"parallel.context=1"
+        )
+    # Each device has two chunks, and a chunk is whole blocks of attention.
+    _check_divides("data.sequence_length", length, "2*parallel.context", 2 * context)
+    chunk = length // (2 * context)
+    if chunk > 512 and chunk % 128:
+        raise UserError(
+            f"data.sequence_length={length} gives chunks of {chunk} tokens with parallel.context="
+            f"{context}; such long ones must be multiples of 128: make it a multiple of "
+            f"{256 * context}"
+        )
+
+
+def _check_pipeline(config: Config) -> None:
+    """The schedule must accept the ranks and micro-batches, and every stage have a layer."""
+    parallel, data, rows = config.parallel, config.data, config.microbatch_sequences
+    if parallel.pipe == 1:
+        if parallel.max_deferred is not None:
+            raise UserError(
+                f"parallel.max_deferred={parallel.max_deferred} has no effect with "
+                f"parallel.pipe=1; leave it out or raise parallel.pipe"
+            )
+        return
+    for sequences in {data.sequences_per_step, data.sequences_per_step_start} - {None}:
+        try:
+            schedule = make_schedule(parallel.schedule, parallel.pipe, sequences // rows)
+        except UserError as problem:
+            raise UserError(
+                f"{problem} (a step has {sequences} sequences in micro-batches of {rows}: see "
+                f"data.sequences_per_step and data.microbatch_sequences)"
+            ) from None
+    moe_layers_of_stages(config.model, schedule.num_stages)
+    if parallel.schedule == "dualpipe" and data.sequences_per_step_start is not None:
+        growth = config.batch_ramp_sequences
+        _check_divides("data.batch_ramp_sequences", growth, "two micro-batches", 2 * rows)
 
 
 def _check_data(data: DataConfig, model: ModelConfig) -> None:

@@ -126,7 +126,11 @@ def test_overrides_apply_in_order_and_leave_the_rest():
         ("model.affinity=sigmoyd", ["did you mean 'sigmoid'", "softmax"]),
         ("parallel.expert=3", ["model.num_experts", "parallel.expert=3"]),
         ("parallel.data=5", ["data.sequences_per_step=32", "data.sequences_per_step=40"]),
-        ("parallel.pipe=2", ["parallel.pipe"]),
+        ("parallel.schedule=dualpip", ["did you mean 'dualpipe'", "dualpipev, zb1p, 1f1b"]),
+        ("parallel.context=0", ["parallel.context=0", "out of range"]),
+        ("parallel.context=two", ["an integer"]),
+        ("parallel.context=3", ["data.sequence_length=128", "2*parallel.context=6", "=126"]),
+        ("parallel.max_deferred=0", ["no effect with parallel.pipe=1", "leave it out"]),
         (
             "data.sequences_per_step=20",
             ["data.sequences_per_step=20", "parallel.data*parallel.expert=8"],
@@ -163,6 +167,59 @@ def test_bad_overrides_are_one_line_with_the_remedy(override, words):
         load_config("tiny", [override])
     text = one_line(error)
     assert all(word in text for word in words), text
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["parallel.pipe=3"], ["parallel.pipe=3", "use 2 or 4"]),
+        (["parallel.pipe=8"], ["4 micro-batches", "16", "data.sequences_per_step"]),
+        (["parallel.pipe=4"], ["4 micro-batches", "8", "data.microbatch_sequences"]),
+        (["parallel.pipe=8", "parallel.schedule=1f1b"], ["4 micro-batches", "8"]),
+        (
+            ["parallel.pipe=2", "data.sequences_per_step=40"],
+            ["5 micro-batches", "even", "use 4 or 6", "40 sequences", "micro-batches of 8"],
+        ),
+        (
+            ["parallel.pipe=2", "data.sequences_per_step_start=16"],
+            ["2 micro-batches", "4", "16 sequences"],
+        ),
+        (
+            ["parallel.pipe=8", "parallel.schedule=dualpipev", "data.sequences_per_step=128"],
+            ["model.num_layers=4", "16 pipeline stages", "at least 15 layers", "parallel.pipe"],
+        ),
+        (["parallel.pipe=2", "parallel.max_deferred=-1"], ["parallel.max_deferred=-1", "[0, inf)"]),
+        (["parallel.pipe=0"], ["parallel.pipe=0"]),
+    ],
+)
+def test_a_pipeline_that_cannot_run_is_one_line_with_the_remedy(overrides, words):
+    """`tiny` has 32 sequences a step on data 2 x expert 4: four micro-batches of a row a device."""
+    with pytest.raises(UserError) as error:
+        load_config("tiny", overrides)
+    text = one_line(error)
+    assert all(word in text for word in words), text
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["parallel.pipe=2"], ["parallel.context=2", "parallel.pipe=2", "set one of them to 1"]),
+        (["precision=fp8"], ["parallel.context=2", "set precision.compute=bfloat16"]),
+        (["data.sequence_length=126"], ["2*parallel.context=4", "data.sequence_length=128"]),
+        (["data.sequence_length=2064"], ["chunks of 516", "a multiple of 512"]),
+    ],
+)
+def test_split_sequences_that_cannot_run_are_one_line_with_the_remedy(overrides, words):
+    with pytest.raises(UserError) as error:
+        load_config("tiny", ["parallel.context=2", *overrides])
+    text = one_line(error)
+    assert all(word in text for word in words), text
+
+
+@pytest.mark.parametrize("schedule", ["dualpipe", "dualpipev", "zb1p", "1f1b"])
+def test_a_pipeline_needs_no_more_than_its_axis_and_schedule(schedule):
+    config = load_config("tiny", ["parallel.pipe=2", f"parallel.schedule={schedule}"])
+    assert config.microbatch_sequences == 8
 
 
 def test_a_model_without_experts_is_refused():

@@ -53,7 +53,7 @@ def random_tokens(vocab_size: int, sequences: int, length: int) -> np.ndarray:
     return np.random.default_rng(0).integers(vocab_size, size=shape, dtype=np.int32)
 
 
-def build_network(model: dict, length: int):
+def build_network(model: dict, length: int, device: str):
     """The bf16 model of the transformers package: SDPA attention, grouped expert matmuls."""
     import torch
     import transformers
@@ -82,11 +82,12 @@ def build_network(model: dict, length: int):
         max_position_embeddings=length,
         rope_parameters={"rope_type": "default", "rope_theta": model["rope_theta"]},
     )
-    network = transformers.AutoModelForCausalLM.from_config(
-        config, dtype=torch.bfloat16, attn_implementation="sdpa"
-    )
+    with torch.device(device):
+        network = transformers.AutoModelForCausalLM.from_config(
+            config, dtype=torch.bfloat16, attn_implementation="sdpa"
+        )
     network.set_experts_implementation("grouped_mm")
-    return network.to("cuda" if torch.cuda.is_available() else "cpu").train()
+    return network
 
 
 def measure(spec: dict) -> dict:
@@ -99,8 +100,8 @@ def measure(spec: dict) -> dict:
     import transformers
 
     torch.manual_seed(0)
-    network = build_network(spec["model"], spec["length"])
     on_gpu = torch.cuda.is_available()
+    network = build_network(spec["model"], spec["length"], "cuda" if on_gpu else "cpu").train()
     optimizer = torch.optim.AdamW(
         network.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True
     )

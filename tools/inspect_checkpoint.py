@@ -23,6 +23,7 @@ from dsv3_jax.checkpoint import hf, hf_config, hf_folder, manifest
 from dsv3_jax.checkpoint.hf_folder import NUMPY_DTYPES, StoredTensor
 from dsv3_jax.errors import UserError, run_main, some
 from dsv3_jax.plan.parameters import count_parameters
+from tools.text import aligned
 
 # Part of the model by what its tensors' names contain; the first that fits counts.
 _PARTS = (
@@ -55,18 +56,7 @@ def array_table(contents: dict) -> list[str]:
     rows.append(("",) * 5)
     for group, (arrays, count, num_bytes) in sorted(groups.items(), key=lambda g: g[0] == "total"):
         rows.append((group, "", f"{arrays:,} arrays", f"{count:,}", f"{num_bytes:,}"))
-    return _aligned(rows, num_left=3)
-
-
-def _aligned(rows: list[tuple[str, ...]], num_left: int) -> list[str]:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return [
-        "  ".join(
-            cell.rjust(width) if i >= num_left else cell.ljust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    ]
+    return aligned(rows, num_left=3)
 
 
 def read_map(path: Path) -> dict[str, StoredTensor]:
@@ -85,8 +75,10 @@ def read_map(path: Path) -> dict[str, StoredTensor]:
     files: dict[str, Path] = {}
 
     def stored(name: str, dtype: str, shape: Iterable[int], file: str) -> StoredTensor:
-        file, shape = files.setdefault(file, path.parent / file), tuple(map(int, shape))
-        return StoredTensor(name=name, dtype=dtype, shape=shape, file=file, offset=0)
+        if file not in files:  # far fewer than tensors
+            files[file] = path.parent / file
+        shape = tuple(map(int, shape))
+        return StoredTensor(name=name, dtype=dtype, shape=shape, file=files[file], offset=0)
 
     try:
         if "weight_map" not in contents:
@@ -145,7 +137,7 @@ def summary(tensors: dict[str, StoredTensor], parts: dict[str, str]) -> list[str
     rows = [("dtype", "tensors", "files", "numbers", "bytes"), *dtypes, ("",) * 5]
     rows += [("part", "tensors", "files", "numbers", "bytes")]
     rows += [row(part) for part in _ORDER if part in groups]
-    return _aligned([*rows, row("total")], num_left=1)
+    return aligned([*rows, row("total")], num_left=1)
 
 
 def count(
@@ -206,7 +198,7 @@ def describe(tensors: dict[str, StoredTensor], config: dict, where: str) -> list
     model = hf_config.read_model_config(config, where) if config else None
     counts = count(tensors, parts, model and model.experts_per_token)
     shown = [(label, f"{counts[key]:,}") for key, label in _LABELS.items() if key in counts]
-    lines += [*_aligned(shown, num_left=1), ""]
+    lines += [*aligned(shown, num_left=1), ""]
     apart = sum(
         tensor.file != tensors[weight].file
         for name, tensor in tensors.items()

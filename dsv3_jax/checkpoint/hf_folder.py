@@ -8,6 +8,7 @@ and no file is mapped into its memory.
 import io
 import json
 import math
+import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -135,7 +136,11 @@ def open_folder(path: str | Path) -> Folder:
         where, names = None, sorted(file.name for file in path.glob("*.safetensors"))
         if not names:
             raise UserError(f"{path} holds no *.safetensors file; give a folder that does")
-    if absent := [name for name in names if not (path / name).is_file()]:
+    # A download must not make us read elsewhere; pathlib does not take a NUL.
+    if outside := [repr(name)[:99] for name in names if Path(name).name != name or "\0" in name]:
+        raise UserError(f"{INDEX} names {some(outside)}: shards must lie in the folder itself")
+    # Of pathlib's, is_file() raises for a name that is too long.
+    if absent := [name[:99] for name in names if not os.path.isfile(path / name)]:
         raise UserError(f"{path} lacks {some(absent)}; download the rest of the checkpoint")
     with ThreadPoolExecutor(16) as pool:
         headers = dict(zip(names, pool.map(lambda n: _read_header(path / n), names), strict=True))
@@ -168,7 +173,7 @@ def read_json(path: Path) -> dict[str, Any]:
         contents = json.loads(path.read_bytes())
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror})") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not valid JSON: {error}; download it again") from None
     if not isinstance(contents, dict):
         raise UserError(f"{path} is not a JSON object; download it again")

@@ -17,6 +17,7 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
+from dsv3_jax import faults
 from dsv3_jax.checkpoint import manifest
 from dsv3_jax.checkpoint.hashing import named_leaves
 from dsv3_jax.checkpoint.reader import manifest_arrays, open_checkpoint, steps_in
@@ -25,6 +26,9 @@ from dsv3_jax.errors import UserError
 # Orbax logs the traceback of a failed write several times; ours is one error with the path.
 logging.getLogger("absl").addFilter(
     lambda record: not (record.levelno >= logging.ERROR and "orbax" in record.pathname)
+)
+logging.getLogger("asyncio").addFilter(
+    lambda record: not ("never retrieved" in (text := record.getMessage()) and "OCDBT" in text)
 )
 
 
@@ -94,6 +98,8 @@ class CheckpointManager:
             **manifest_arrays(named),
         }
         try:
+            if jax.process_index() == 0:
+                self._check_space(named)
             self._checkpointer.save(
                 self._pending(step), args=ocp.args.PyTreeSave(named), force=True
             )
@@ -133,6 +139,11 @@ class CheckpointManager:
         complete = self._complete_steps()
         return complete[-1] if complete else None
 
+    @property
+    def saving(self) -> bool:
+        """Whether a save is under way; `wait` would block."""
+        return self._thread is not None and self._thread.is_alive()
+
     def wait(self) -> None:
         """Blocks until the save under way is complete; raises its error."""
         if self._thread is not None:
@@ -149,6 +160,13 @@ class CheckpointManager:
         finally:
             self._checkpointer.close()
 
+    def _check_space(self, named: dict[str, Any]) -> None:
+        """Raises OSError when the disk is too full to begin. Arrays hardly shrink on it."""
+        needed = sum(leaf.nbytes for leaf in named.values())
+        free = shutil.disk_usage(self._directory).free
+        if free < needed:
+            raise OSError(f"it takes {needed / 1e9:.3g} GB and {free / 1e9:.3g} GB are free")
+
     def _pending(self, step: int) -> Path:
         return self._directory / f"pending.{step}"
 
@@ -160,8 +178,11 @@ class CheckpointManager:
         try:
             self._checkpointer.wait_until_finished()  # every process has written its part
             if jax.process_index() == 0:
+                faults.reach("before_manifest", step)
                 manifest.write(self._pending(step), body)
+                faults.reach("before_commit", step)
                 self._publish(step)
+                faults.reach("after_commit", step)
                 self._delete_old(step)
         except (OSError, ValueError) as error:  # ValueError: how Orbax's writer reports a full disk
             self._error = self._save_error(step, error)
@@ -188,6 +209,7 @@ class CheckpointManager:
             if step < saved and step not in kept:
                 doomed = self._directory / f"deleting.{step}"
                 (self._directory / str(step)).rename(doomed)
+                faults.reach("in_deletion", saved)
                 shutil.rmtree(doomed)
 
     def _remove_leftovers(self) -> None:

@@ -1,17 +1,17 @@
 """MANIFEST.json: what a checkpoint must consist of, byte for byte.
 
 Orbax does not notice a flipped bit in array data, so every file's size and crc32 are written down
-when a save has committed and compared before a restore. The manifest guards itself: it holds the
-crc32 of its own body and must be exactly the text that its contents render to.
+when a save has committed and compared before a restore. The manifest guards itself (sealed.py).
 """
 
-import json
 import os
 import zlib
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+
+from dsv3_jax.sealed import seal, unseal
 
 NAME = "MANIFEST.json"
 _READ_BYTES = 8 << 20
@@ -36,7 +36,7 @@ def write(
       body: JSON-safe contents beside `files`: step, config_digest, arrays, extra.
       known: entries of files that were hashed as they were written, by name.
     """
-    content = _render({**body, "files": _hash_files(directory, known)})
+    content = seal({**body, "files": _hash_files(directory, known)})
     temporary = directory / f"{NAME}.tmp"
     with temporary.open("wb") as file:
         file.write(content)
@@ -58,13 +58,9 @@ def read(directory: Path) -> dict[str, Any]:
     except OSError as error:
         raise DamagedCheckpoint(f"{NAME} cannot be read ({error})") from None
     try:
-        body = json.loads(content)["body"]
-        intact = _render(body) == content
-    except (ValueError, KeyError, TypeError, RecursionError):
-        intact = False
-    if not intact:
-        raise DamagedCheckpoint(f"{NAME} is damaged")
-    return body
+        return unseal(content)
+    except ValueError:
+        raise DamagedCheckpoint(f"{NAME} is damaged") from None
 
 
 def verify(directory: Path) -> dict[str, Any]:
@@ -114,9 +110,3 @@ def _crc32_of_file(path: Path) -> int:
         while block := file.read(_READ_BYTES):
             crc = zlib.crc32(block, crc)
     return crc
-
-
-def _render(body: Any) -> bytes:
-    crc = zlib.crc32(json.dumps(body, sort_keys=True, allow_nan=False).encode())
-    whole = {"body": body, "crc32": f"{crc:08x}"}
-    return (json.dumps(whole, sort_keys=True, allow_nan=False, indent=1) + "\n").encode()

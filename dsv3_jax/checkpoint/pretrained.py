@@ -106,7 +106,7 @@ def load_model(
     arrays = checkpoint.restore(template, partial=True)
     weights = jax.tree.map(lambda x: x.astype(dtype), arrays["params"])
     model = nnx.merge(graphdef, weights, arrays["router_bias"])
-    if tokenizer := _tokenizer_file(path):
+    if tokenizer := tokenizer_file(path):
         model.source = Source(files={tokenizer.name: tokenizer.read_bytes()})
     return model
 
@@ -120,14 +120,15 @@ def load_run_tokenizer(path: str | Path) -> Tokenizer:
     Raises:
       UserError: there is no tokenizer.json.
     """
-    if file := _tokenizer_file(path):
+    if file := tokenizer_file(path):
         return load_tokenizer(file)
     raise UserError(
         f"{path} has no tokenizer.json; give a Hugging Face folder or a run's working directory"
     )
 
 
-def _tokenizer_file(path: str | Path) -> Path | None:
+def tokenizer_file(path: str | Path) -> Path | None:
+    """The tokenizer.json that `load_run_tokenizer` would read, or None."""
     path = Path(path).absolute()
     folders = [path]
     if not is_folder(path):

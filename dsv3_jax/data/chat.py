@@ -174,6 +174,17 @@ def load_chat_template(path: str | Path, name: str = "default") -> ChatTemplate:
     return ChatTemplate(source, *tokens, origin=f"the chat template of {origin}")
 
 
+def save_chat_template(template: ChatTemplate, folder: str | Path) -> None:
+    """Writes a tokenizer_config.json that `load_chat_template` reads the same template from."""
+    config = {
+        "bos_token": template.bos_token,
+        "eos_token": template.eos_token,
+        "chat_template": template.source,
+    }
+    text = json.dumps(config, ensure_ascii=False, indent=2)
+    (Path(folder) / CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
+
+
 def encode_chat(
     tokenizer: Tokenizer,
     template: ChatTemplate,

@@ -12,6 +12,7 @@ import numpy as np
 from datasketch import MinHash, MinHashLSH
 
 from dsv3_jax.data.sources import Source
+from dsv3_jax.errors import UserError
 
 MIN_CHARACTERS = 128
 MAX_CHARACTERS = 1_000_000
@@ -119,6 +120,7 @@ def select_documents(
     *,
     quality: bool,
     duplicates: NearDuplicates | None,
+    malformed: Callable[[UserError], None] | None = None,
     advance: Callable[[], None] = lambda: None,
 ) -> tuple[list[int], FilterReport]:
     """Returns the indices of the documents to keep, in order, and what was left out.
@@ -127,12 +129,22 @@ def select_documents(
       indices: the documents to look at.
       quality: applies `quality_problem`.
       duplicates: what earlier sources held; extended by this one. None keeps duplicates.
+      malformed: takes the error of a record that cannot be read, which is then left out; it may
+        raise. None: the error is raised.
       advance: called after each document.
     """
     report, kept = FilterReport(), []
     for index in indices:
-        text = source[index]
         report.read += 1
+        try:
+            text = source[index]
+        except UserError as error:
+            if malformed is None:
+                raise
+            malformed(error)
+            report.drop("malformed", source.label(index))
+            advance()
+            continue
         reason = "empty" if not text else quality_problem(text) if quality else None
         if reason is None and duplicates is not None and duplicates.seen(text):
             reason = "near-duplicate"

@@ -28,6 +28,7 @@ from dsv3_jax.data.pack import InterleaveDataset, PackDataset
 from dsv3_jax.data.sources import ShardedRecords, list_files
 from dsv3_jax.data.tokenizer import LAST_TOKENS, PunctuationSplits, Tokenizer, load_tokenizer
 from dsv3_jax.errors import UserError
+from dsv3_jax.sealed import unseal
 
 DEFAULT_CACHE = "~/.cache/dsv3_jax"
 _TOKENS_AHEAD = 1 << 20  # packed in the background while a step runs
@@ -61,6 +62,7 @@ class Corpus:
         return (
             f"{documents:,} documents, {sum(self.tokens):,} tokens, {held_out:,} documents held "
             f"out, vocabulary {self.tokenizer.vocab_size:,} ({self.folder})"
+            + "".join(f"; {report}" for report in self.reports if " malformed (" in report)
         )
 
 
@@ -117,11 +119,7 @@ def load_corpus(folder: Path, config: Config, remedy: str) -> Corpus:
       UserError: names the missing or damaged file and ends with `remedy`.
     """
     try:
-        index = json.loads((folder / prepare.INDEX).read_text())
-        if index["format"] != prepare.FORMAT:
-            raise UserError(
-                f"{folder} has format {index['format']}, not {prepare.FORMAT}; {remedy}"
-            )
+        index = _read_index(folder / prepare.INDEX, remedy)
         dtype, sources = index["dtype"], index["sources"]
         splits = {name: [source[name] for source in sources] for name in prepare.SPLITS}
         shards = [shard for split in splits.values() for source in split for shard in source]
@@ -154,8 +152,21 @@ def load_corpus(folder: Path, config: Config, remedy: str) -> Corpus:
         raise UserError(f"{folder / prepare.INDEX} is damaged ({error!r}); {remedy}") from error
 
 
+def _read_index(path: Path, remedy: str) -> dict[str, Any]:
+    """The index of a corpus folder, as it was written and in today's format."""
+    try:
+        index = unseal(path.read_bytes())
+    except ValueError as error:  # format 1 was not sealed
+        raise UserError(f"{path} is damaged ({error}) or of format 1; {remedy}") from None
+    if index["format"] != prepare.FORMAT:
+        raise UserError(f"{path} has format {index['format']}, not {prepare.FORMAT}; {remedy}")
+    return index
+
+
 def _verify(folder: Path, entry: dict[str, Any], remedy: str) -> None:
-    """Compares a file with its index entry."""
+    """Compares a file, which must lie in the folder itself, with its index entry."""
+    if Path(entry["file"]).name != entry["file"]:
+        raise UserError(f"{folder / prepare.INDEX} names {entry['file']!r}, outside; {remedy}")
     path = folder / entry["file"]
     if path.stat().st_size != entry["bytes"] or prepare.file_crc32(path) != entry["crc32"]:
         raise UserError(f"{path} is corrupt: its checksum differs from the index; {remedy}")
@@ -173,6 +184,8 @@ def _cache_key(config: Config) -> str:
     if data.tokenizer != "train":
         tokenizer = load_tokenizer(data.tokenizer).sha256
     filters = (data.deduplicate, data.filter_quality, data.max_documents, data.validation_documents)
+    if data.on_bad_record == "skip":  # one that skipped records is none that had to have all
+        filters += ("skip",)
     return _digest((prepare.FORMAT, sources, tokenizer, filters))
 
 

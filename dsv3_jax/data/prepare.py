@@ -1,7 +1,8 @@
 """From sources to a corpus folder: tokenised ArrayRecord shards, a tokenizer and an index.
 
 A corpus folder holds
-  index.json          sources, filter reports, and for each shard its documents, tokens, crc32
+  index.json          sources, filter reports, and for each shard its documents, tokens, crc32;
+                      sealed with its own crc32 (sealed.py)
   tokenizer.json
   SPLIT-SOURCE-SHARD.arrayrecord    a record is one document: token ids, no BOS, no EOS
 It is written beside its place and moved there whole.
@@ -10,7 +11,6 @@ It is written beside its place and moved there whole.
 import contextlib
 import dataclasses
 import itertools
-import json
 import tempfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -24,8 +24,9 @@ from dsv3_jax.data.filters import NearDuplicates, select_documents
 from dsv3_jax.data.sources import Source, open_source
 from dsv3_jax.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 from dsv3_jax.errors import UserError
+from dsv3_jax.sealed import seal
 
-FORMAT = 1  # raise it when the folder's layout or the meaning of its records changes
+FORMAT = 2  # raise it when the folder's layout or the meaning of its records changes
 INDEX, TOKENIZER = "index.json", "tokenizer.json"
 SHARD_DOCUMENTS = 16384
 SPLITS = ("train", "validation")
@@ -149,7 +150,7 @@ def _write(config: Config, folder: Path, shard_documents: int, progress: Progres
         },
         "sources": entries,
     }
-    (folder / INDEX).write_text(json.dumps(index, indent=1))
+    (folder / INDEX).write_bytes(seal(index))
 
 
 def _select(
@@ -166,6 +167,17 @@ def _select(
         done += 1
         progress("filtering", done, total)
 
+    bad = 0
+
+    def malformed(error: UserError) -> None:
+        nonlocal bad
+        bad += 1
+        if bad > data.max_bad_fraction * total:
+            raise UserError(
+                f"{bad:,} of {total:,} records are malformed, more than data.max_bad_fraction="
+                f"{data.max_bad_fraction:g}; the last: {error}"
+            )
+
     held_out = -(-data.validation_documents // len(sources))
     splits, reports = [], []
     for number, source in enumerate(sources):
@@ -174,6 +186,7 @@ def _select(
             chosen[number].tolist(),
             quality=data.filter_quality,
             duplicates=duplicates,
+            malformed=malformed if data.on_bad_record == "skip" else None,
             advance=advance,
         )
         where = f"data.sources[{number}] ({data.sources[number].kind}:{data.sources[number].path})"

@@ -128,7 +128,7 @@ class JsonlSource(Source):
         line = _read_bytes(self._paths[number], start, stop)
         try:
             record = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             reason = error.msg if isinstance(error, json.JSONDecodeError) else error
             raise UserError(
                 f"{self.label(index)}: malformed record ({reason}); every line must be a JSON "

@@ -148,33 +148,79 @@ def _pad_tokens(ndim: int, padding: int) -> list[tuple[int, int]]:
     return [(0, 0), (0, padding)] + [(0, 0)] * (ndim - 2)
 
 
-def _to_blocks(x, block):
+def to_blocks(x, block):
     """[B, T, ...] -> [T / block, B, block, ...]."""
     if x is None:
         return None
     return jnp.moveaxis(x.reshape(x.shape[0], -1, block, *x.shape[2:]), 1, 0)
 
 
-def _from_blocks(x):
+def from_blocks(x):
     """[blocks, B, block, ...] -> [B, T, ...]."""
     x = jnp.moveaxis(x, 0, 1)
     return x.reshape(x.shape[0], -1, *x.shape[3:])
 
 
-def _dot32(subscripts, *operands):
+def dot32(subscripts, *operands):
     return jnp.einsum(subscripts, *operands, preferred_element_type=jnp.float32)
 
 
-def _scores(q, k, i, j, scale):
+def block_scores(q, k, i, j, scale):
     """Masked float32 scores [B, N, T, S] of query block i on key block j (nope, rope, segments)."""
     (q_nope, q_rope, q_segments), (k_nope, k_rope, k_segments) = q, k
-    scores = _dot32("BTNP,BSNP->BNTS", q_nope, k_nope) + _dot32("BTNR,BSR->BNTS", q_rope, k_rope)
+    scores = dot32("BTNP,BSNP->BNTS", q_nope, k_nope) + dot32("BTNR,BSR->BNTS", q_rope, k_rope)
     block = q_nope.shape[1]
     row, column = jnp.arange(block)[:, None], jnp.arange(block)
     visible = (i * block + row >= j * block + column)[None, None]
     if q_segments is not None:
         visible &= (q_segments[:, :, None] == k_segments[:, None, :])[:, None]
     return jnp.where(visible, scores * scale, -jnp.inf)
+
+
+def softmax_start(batch, heads, block, width):
+    """What `softmax_step` begins with: output, sum and maximum of no key at all, float32."""
+    rows = (batch, heads, block)
+    return (
+        jnp.zeros((*rows, width), jnp.float32),
+        jnp.zeros(rows, jnp.float32),
+        jnp.full(rows, -jnp.inf, jnp.float32),
+    )
+
+
+def softmax_step(carry, scores, v):
+    """Takes in the keys of a block. The first block must show every query at least one key."""
+    o_BNTH, total_BNT, maximum_BNT = carry
+    new_maximum = jnp.maximum(maximum_BNT, scores.max(-1))
+    p = jnp.exp(scores - new_maximum[..., None])
+    rescale = jnp.exp(maximum_BNT - new_maximum)
+    o_BNTH = o_BNTH * rescale[..., None] + dot32("BNTS,BSNH->BNTH", p.astype(v.dtype), v)
+    return o_BNTH, total_BNT * rescale + p.sum(-1), new_maximum
+
+
+def softmax_end(carry, dtype):
+    """Output [..., T, N, H] and float32 log-sum-exp [..., T, N]."""
+    o_BNTH, total_BNT, maximum_BNT = carry
+    o_BTNH = jnp.swapaxes(o_BNTH / total_BNT[..., None], -3, -2).astype(dtype)
+    return o_BTNH, jnp.swapaxes(maximum_BNT + jnp.log(total_BNT), -2, -1)
+
+
+def block_gradients(q_side, k, v, i, j, scale):
+    """Float32 gradients of query block i and key block j: q_nope, q_rope, k_nope, k_rope, v.
+
+    Args:
+      q_side: (q_nope, q_rope, segments), d output, log-sum-exp, and output . d output.
+    """
+    q, do, lse, delta = q_side
+    lse_BNT, delta_BNT = jnp.swapaxes(lse, 1, 2), jnp.swapaxes(delta, 1, 2)
+    p = jnp.exp(block_scores(q, k, i, j, scale) - lse_BNT[..., None])
+    dp = dot32("BTNH,BSNH->BNTS", do, v)
+    ds = (p * (dp - delta_BNT[..., None]) * scale).astype(v.dtype)
+    dq_nope = dot32("BNTS,BSNP->BTNP", ds, k[0])
+    # Heads first, then swapped: XLA's CPU backend lacks the direct bfloat16 contraction.
+    dq_rope = jnp.swapaxes(dot32("BNTS,BSR->BNTR", ds, k[1]), 1, 2)
+    dk_nope = dot32("BNTS,BTNP->BSNP", ds, q[0])
+    dk_rope = dot32("BNTS,BTNR->BSR", ds, q[1])
+    return dq_nope, dq_rope, dk_nope, dk_rope, dot32("BNTS,BTNH->BSNH", p.astype(v.dtype), do)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(6, 7))
@@ -192,7 +238,7 @@ def _forward_rule(q_nope, q_rope, k_nope, k_rope, v, segments, scale, block):
 
 def _forward(q_nope, q_rope, k_nope, k_rope, v, segments, scale, block):
     q_blocks, k_blocks, v_blocks = jax.tree.map(
-        partial(_to_blocks, block=block),
+        partial(to_blocks, block=block),
         ((q_nope, q_rope, segments), (k_nope, k_rope, segments), v),
     )
 
@@ -200,32 +246,17 @@ def _forward(q_nope, q_rope, k_nope, k_rope, v, segments, scale, block):
         i, q = inputs
 
         def key_block(step, carry):
-            o_BNTH, total_BNT, maximum_BNT = carry
             j = i - step  # own block first: from then on every query has seen at least itself
             k, v_j = jax.tree.map(lambda a: a[j], (k_blocks, v_blocks))
-            scores = _scores(q, k, i, j, scale)
-            new_maximum = jnp.maximum(maximum_BNT, scores.max(-1))
-            p = jnp.exp(scores - new_maximum[..., None])
-            rescale = jnp.exp(maximum_BNT - new_maximum)
-            o_BNTH = o_BNTH * rescale[..., None] + _dot32(
-                "BNTS,BSNH->BNTH", p.astype(v_j.dtype), v_j
-            )
-            return o_BNTH, total_BNT * rescale + p.sum(-1), new_maximum
+            return softmax_step(carry, block_scores(q, k, i, j, scale), v_j)
 
         batch, _, heads, _ = q_nope.shape
-        rows = (batch, heads, block)
-        initial = (
-            jnp.zeros((*rows, v.shape[-1]), jnp.float32),
-            jnp.zeros(rows, jnp.float32),
-            jnp.full(rows, -jnp.inf, jnp.float32),
-        )
-        o_BNTH, total_BNT, maximum_BNT = jax.lax.fori_loop(0, i + 1, key_block, initial)
-        o_BTNH = jnp.swapaxes(o_BNTH / total_BNT[..., None], 1, 2).astype(v.dtype)
-        return None, (o_BTNH, jnp.swapaxes(maximum_BNT + jnp.log(total_BNT), 1, 2))
+        start = softmax_start(batch, heads, block, v.shape[-1])
+        return None, softmax_end(jax.lax.fori_loop(0, i + 1, key_block, start), v.dtype)
 
     num_blocks = q_blocks[0].shape[0]
     _, (o, lse) = jax.lax.scan(query_block, None, (jnp.arange(num_blocks), q_blocks))
-    return _from_blocks(o), _from_blocks(lse)
+    return from_blocks(o), from_blocks(lse)
 
 
 def _backward(scale, block, residuals, do_BTNH):
@@ -233,7 +264,7 @@ def _backward(scale, block, residuals, do_BTNH):
     delta_BTN = jnp.sum(do_BTNH.astype(jnp.float32) * o_BTNH.astype(jnp.float32), axis=-1)
     per_query = ((q_nope, q_rope, segments), do_BTNH.astype(v.dtype), lse_BTN, delta_BTN)
     per_key = ((k_nope, k_rope, segments), v)
-    q_side, k_side = jax.tree.map(partial(_to_blocks, block=block), (per_query, per_key))
+    q_side, k_side = jax.tree.map(partial(to_blocks, block=block), (per_query, per_key))
     num_blocks = q_side[0][0].shape[0]
 
     def key_block(dq, inputs):
@@ -241,19 +272,10 @@ def _backward(scale, block, residuals, do_BTNH):
 
         def query_block(i, carry):
             dq_nope, dq_rope, dk_nope, dk_rope, dv = carry
-            q, do, lse, delta = jax.tree.map(lambda a: a[i], q_side)
-            lse_BNT, delta_BNT = jnp.swapaxes(lse, 1, 2), jnp.swapaxes(delta, 1, 2)
-            p = jnp.exp(_scores(q, k, i, j, scale) - lse_BNT[..., None])
-            dp = _dot32("BTNH,BSNH->BNTS", do, v_j)
-            ds = (p * (dp - delta_BNT[..., None]) * scale).astype(v.dtype)
-            dv += _dot32("BNTS,BTNH->BSNH", p.astype(v.dtype), do)
-            dk_nope += _dot32("BNTS,BTNP->BSNP", ds, q[0])
-            dk_rope += _dot32("BNTS,BTNR->BSR", ds, q[1])
-            dq_nope = dq_nope.at[i].add(_dot32("BNTS,BSNP->BTNP", ds, k[0]))
-            # Heads first, then swapped: XLA's CPU backend lacks the direct bfloat16 contraction.
-            dq_rope_BTNR = jnp.swapaxes(_dot32("BNTS,BSR->BNTR", ds, k[1]), 1, 2)
-            dq_rope = dq_rope.at[i].add(dq_rope_BTNR)
-            return dq_nope, dq_rope, dk_nope, dk_rope, dv
+            q_block = jax.tree.map(lambda a: a[i], q_side)
+            added = block_gradients(q_block, k, v_j, i, j, scale)
+            dq_nope, dq_rope = dq_nope.at[i].add(added[0]), dq_rope.at[i].add(added[1])
+            return dq_nope, dq_rope, dk_nope + added[2], dk_rope + added[3], dv + added[4]
 
         zeros = [jnp.zeros(a.shape, jnp.float32) for a in (k[0], k[1], v_j)]
         dq_nope, dq_rope, *d_key = jax.lax.fori_loop(j, num_blocks, query_block, (*dq, *zeros))
@@ -261,7 +283,7 @@ def _backward(scale, block, residuals, do_BTNH):
 
     dq = [jnp.zeros(a.shape, jnp.float32) for a in q_side[0][:2]]
     dq, d_key = jax.lax.scan(key_block, tuple(dq), (jnp.arange(num_blocks), k_side))
-    gradients = [_from_blocks(g) for g in (*dq, *d_key)]
+    gradients = [from_blocks(g) for g in (*dq, *d_key)]
     primals = (q_nope, q_rope, k_nope, k_rope, v)
     return *(g.astype(x.dtype) for g, x in zip(gradients, primals, strict=True)), None
 

@@ -4,22 +4,23 @@ Shape letters: B batch, T tokens, D width, S cached tokens.
 """
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
-from jax.sharding import Mesh
 
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.model.cache import LatentCache
 from dsv3_jax.model.layers import RMSNorm
 from dsv3_jax.model.mla import MLA
 from dsv3_jax.model.moe import FeedForward, MoE
+from dsv3_jax.model.paged_cache import PagedCache, Paging
 from dsv3_jax.model.rope import CosSin
 from dsv3_jax.model.router import RouterStats
 from dsv3_jax.model.runtime import Runtime
-from dsv3_jax.parallel.mesh import batch_sharding
+from dsv3_jax.parallel.context import shard_tokens
 
 # What the 'paper' policy keeps (spec §5.5) beside the block's input: the latents before their
 # norms, the attention's output (with its log-sum-exp, so its forward is not run again), the input
@@ -64,15 +65,19 @@ def remat(function: Callable, runtime: Runtime, *, in_scan: bool) -> Callable:
     return jax.checkpoint(function, policy=kept, prevent_cse=not in_scan)
 
 
-def shard_batch(x_BTD: jax.Array, mesh: Mesh | None) -> jax.Array:
-    """Keeps activations split over the batch axes; without a mesh, as they are."""
-    return x_BTD if mesh is None else jax.lax.with_sharding_constraint(x_BTD, batch_sharding(mesh))
+class BlockContext(NamedTuple):
+    """The keyword arguments of a block that all blocks share; see `Block.__call__`."""
+
+    cos_sin: CosSin
+    segments_BT: jax.Array | None = None
+    token_mask_BT: jax.Array | None = None
 
 
 class Block(nnx.Module):
     """One layer; `moe` picks the MoE or the dense FFN.
 
-    Calling it trains, `prefill` also returns the latents to cache, `decode` reads a cache.
+    Calling it trains, `prefill` also returns the latents to cache, `decode` reads a cache, `paged`
+    a server's.
     """
 
     def __init__(self, config: ModelConfig, *, moe: bool, runtime: Runtime, rngs: nnx.Rngs):
@@ -133,8 +138,62 @@ class Block(nnx.Module):
         attended = self.attn.absorbed(u_BTD, cache.layer(layer), cos_sin, visible_TS)
         return self._feed_forward(x_BTD + attended)[0], cache
 
-    def _feed_forward(self, x_BTD, token_mask_BT=None):
+    def paged(
+        self,
+        x_BTD: jax.Array,
+        cache: PagedCache,
+        layer: jax.Array,
+        paging: Paging,
+        *,
+        cos_sin: CosSin,
+        absorbed: bool,
+    ) -> tuple[jax.Array, PagedCache, RouterStats | None]:
+        """New tokens of rows of any lengths, in pages. Padding goes to no expert.
+
+        Args:
+          cache: of a stack of layers, of which this one is number `layer`.
+          absorbed: the form of attention; the naive one is cheaper for many new tokens a row.
+
+        Returns:
+          The output, the cache with the new tokens in it, and the statistics without padding.
+        """
+        cache = self.written(x_BTD, cache, layer, paging, cos_sin)
+        y_BTD, stats = self.after_writing(
+            x_BTD, cache, layer, paging, cos_sin=cos_sin, absorbed=absorbed
+        )
+        return y_BTD, cache, stats
+
+    def written(
+        self,
+        x_BTD: jax.Array,
+        cache: PagedCache,
+        layer: jax.Array,
+        paging: Paging,
+        cos_sin: CosSin,
+    ) -> PagedCache:
+        """The first half of `paged`: the cache with the new tokens in it."""
+        return cache.written(layer, paging, self.attn.latents(self.norm_a(x_BTD), cos_sin))
+
+    def after_writing(
+        self,
+        x_BTD: jax.Array,
+        cache: PagedCache,
+        layer: jax.Array,
+        paging: Paging,
+        *,
+        cos_sin: CosSin,
+        absorbed: bool,
+    ) -> tuple[jax.Array, RouterStats | None]:
+        """The second half: the output and the statistics. Some of the rows may do."""
+        attend = self.attn.absorbed_paged if absorbed else self.attn.naive_paged
+        x_BTD = x_BTD + attend(self.norm_a(x_BTD), cache, layer, paging, cos_sin)
+        return self._feed_forward(x_BTD, paging.mask_BT, drop_masked=True)
+
+    def _feed_forward(self, x_BTD, token_mask_BT=None, drop_masked=False):
         x_BTD = checkpoint_name(x_BTD, "attention_residual")
         u_BTD = self.norm_f(x_BTD)
-        y_BTD, stats = self.ffn(u_BTD, token_mask_BT) if self.moe else (self.ffn(u_BTD), None)
-        return shard_batch(x_BTD + y_BTD, self.runtime.mesh), stats
+        if self.moe:
+            y_BTD, stats = self.ffn(u_BTD, token_mask_BT, drop_masked=drop_masked)
+        else:
+            y_BTD, stats = self.ffn(u_BTD), None
+        return shard_tokens(x_BTD + y_BTD, self.runtime.mesh), stats

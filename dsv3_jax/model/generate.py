@@ -13,8 +13,8 @@ from flax import nnx
 
 from dsv3_jax.errors import UserError
 from dsv3_jax.model import rope
-from dsv3_jax.model.block import shard_batch
 from dsv3_jax.model.cache import LatentCache
+from dsv3_jax.parallel.context import shard_tokens
 
 if TYPE_CHECKING:
     from dsv3_jax.model.transformer import DeepSeekV3
@@ -36,17 +36,19 @@ def generate(
       tokens_BT: int prompts of one length.
       temperature: 0 takes the most likely token; above, samples from softmax(logits / temperature).
       seed: the same seed gives the same tokens.
+      speculative: MTP drafts tokens (`serve/speculative.py`), which changes the speed and, with a
+        temperature, the random numbers, but neither greedy tokens nor any distribution.
 
     Returns:
       int32 [B, T + max_new_tokens], the prompt included.
 
     Raises:
-      UserError: prompt, length or temperature are out of range, or `speculative` is asked for.
+      UserError: prompt, length or temperature are out of range, or there is no MTP to draft with.
     """
     tokens = np.asarray(tokens_BT)
     vocab = model.config.vocab_size
-    if speculative:
-        raise UserError("speculative=True is not available yet; use speculative=False")
+    if speculative and not model.config.mtp_depth:
+        raise UserError("this model has no MTP module to draft with; use speculative=False")
     if tokens.ndim != 2 or not tokens.size or not np.issubdtype(tokens.dtype, np.integer):
         raise UserError(
             f"the prompt is {tokens.dtype} {list(tokens.shape)}; "
@@ -61,6 +63,8 @@ def generate(
         raise UserError(f"max_new_tokens={max_new_tokens} is too small; it must be at least 1")
     if temperature < 0:
         raise UserError(f"temperature={temperature} is negative; use 0 (greedy) or more")
+    if speculative:
+        return _speculative(model, tokens, max_new_tokens, temperature, seed)
     rows, mesh = len(tokens), model.runtime.mesh
     if mesh is not None:  # every device holds rows of its own
         padding = -rows % (mesh.shape["data"] * mesh.shape["expert"])
@@ -82,7 +86,36 @@ def generate(
     return jnp.concatenate([tokens, new_tokens], axis=1)[:rows]
 
 
-def _stacks(model):
+def _speculative(model, tokens, max_new_tokens: int, temperature: float, seed: int) -> jax.Array:
+    """By an engine with all rows at once."""
+    from dsv3_jax.serve.engine import Engine  # it knows this module
+    from dsv3_jax.serve.requests import EngineOptions, Request, Sampling
+
+    (num_rows, length), mesh = tokens.shape, model.runtime.mesh
+    shards = 1 if mesh is None else mesh.shape["data"] * mesh.shape["expert"]
+    options = EngineOptions(
+        max_rows=-(-num_rows // shards) * shards,
+        context_tokens=length + max_new_tokens,
+        prefill_chunk=min(length, 256),
+        cache_dtype=model.runtime.compute_dtype.name,
+        num_draft_tokens=model.config.mtp_depth,
+        max_queue=num_rows,
+        prefix_reuse=False,
+    )
+    engine, texts = Engine(model, options), {}
+    for row, prompt in enumerate(tokens.tolist()):
+        row_seed = int(np.random.SeedSequence([seed % 2**64, row]).generate_state(1)[0])
+        sampling = Sampling(temperature=temperature, seed=row_seed)
+        request = Request(prompt=tuple(prompt), max_tokens=max_new_tokens, sampling=sampling)
+        texts[engine.submit(request)] = list(prompt)
+    while engine.has_work:
+        for output in engine.step():
+            texts[output.request_id] += output.tokens
+    return jnp.asarray(list(texts.values()), jnp.int32)
+
+
+def stacks(model: "DeepSeekV3"):
+    """The name, graph and weights of each stack of blocks, in order."""
     for name in ("dense_blocks", "moe_blocks"):
         if getattr(model, name) is not None:
             yield name, nnx.split(getattr(model, name))
@@ -93,9 +126,9 @@ def _prefill(graphdef, state, tokens_BT, cache_tokens: int) -> tuple[jax.Array, 
     """Runs the prompt: logits after its last token, and caches with room for `cache_tokens`."""
     model = nnx.merge(graphdef, state)
     cos_sin = rope.cos_sin(rope.positions(tokens_BT.shape[1]), model.config)
-    x_BTD = shard_batch(model.embed(tokens_BT), model.runtime.mesh)
+    x_BTD = shard_tokens(model.embed(tokens_BT), model.runtime.mesh)
     caches = {}
-    for name, (block, stack) in _stacks(model):
+    for name, (block, stack) in stacks(model):
 
         def layer(x_BTD, layer_state, block=block):
             return nnx.merge(block, layer_state).prefill(x_BTD, cos_sin=cos_sin)
@@ -108,9 +141,9 @@ def _prefill(graphdef, state, tokens_BT, cache_tokens: int) -> tuple[jax.Array, 
 def _step(model, token_B, position, caches: Caches) -> tuple[jax.Array, Caches]:
     """Logits [B, V] after one more token at `position`, and the caches with it."""
     cos_sin = rope.cos_sin(position[None, None], model.config)
-    x_BTD = shard_batch(model.embed(token_B[:, None]), model.runtime.mesh)
+    x_BTD = shard_tokens(model.embed(token_B[:, None]), model.runtime.mesh)
     caches = dict(caches)
-    for name, (block, stack) in _stacks(model):
+    for name, (block, stack) in stacks(model):
 
         def layer(carry, inputs, block=block):
             x_BTD, cache = carry

@@ -14,6 +14,7 @@ from dsv3_jax.config import ModelConfig
 from dsv3_jax.model.layers import Linear, parameter
 from dsv3_jax.model.router import Router, RouterStats
 from dsv3_jax.model.runtime import Runtime
+from dsv3_jax.parallel.context import flat_tokens, unflat_tokens
 from dsv3_jax.parallel.expert_parallel import apply_experts, on_every_shard
 from dsv3_jax.parallel.grouped_matmul import best_implementation, grouped_matmul
 from dsv3_jax.parallel.permute import collect, sort_pairs, spread
@@ -56,6 +57,34 @@ class Experts(nnx.Module):
         self.w2 = parameter(rngs, (num_experts, ffn, width), axes_out, config.init_std)
 
 
+class ReplicaTable(nnx.Variable):
+    """int32 numbers that tell where copies of experts are; no gradient."""
+
+
+class Replicas(nnx.Module):
+    """Where an expert may be in several slots, for balance at inference (spec §11.1).
+
+    The weights of `Experts` are then those of R slots; see `serve/placement.py`.
+    """
+
+    def __init__(self, slots_EC: jax.Array, counts_E: jax.Array):
+        # Of the copies of each expert; -1 after the last. C is R - E + 1, the most there can be.
+        self.slots = ReplicaTable(slots_EC)
+        self.counts = ReplicaTable(counts_E)
+
+    def choose(self, ids_XK: jax.Array) -> jax.Array:
+        """The slot for each choice of an expert: tokens one after the other take another copy.
+
+        Args:
+          ids_XK: int32 experts; E for none, which becomes R.
+        """
+        num_slots = sum(self.slots.shape) - 1
+        counts_XK = self.counts[...].at[ids_XK].get(mode="fill", fill_value=1)
+        # By the expert too: else the first token of a small batch would take all first copies.
+        copy_XK = (jnp.arange(len(ids_XK), dtype=jnp.int32)[:, None] + ids_XK) % counts_XK
+        return self.slots[...].at[ids_XK, copy_XK].get(mode="fill", fill_value=num_slots)
+
+
 def routed_ffn(
     x_XD: jax.Array,
     ids_XK: jax.Array,
@@ -64,6 +93,7 @@ def routed_ffn(
     w2_EFD: jax.Array,
     *,
     runtime: Runtime,
+    max_slots: int | None = None,
 ) -> jax.Array:
     """sum_k weight_k FFN_k(x) over the experts given (spec §3, step 6): [X, D] -> [X, D].
 
@@ -73,13 +103,14 @@ def routed_ffn(
     Args:
       ids_XK: int32 row of `w13`, different within a row; E for a choice that is not among them.
       weights_XK: float32.
+      max_slots: pairs of a row and an expert that there is room for; None: for any.
     """
-    routes = sort_pairs(ids_XK, w13_ED2F.shape[0])
+    routes = sort_pairs(ids_XK, w13_ED2F.shape[0], max_slots)
     rows, pairs, sizes_E = checkpoint_name(routes, "routing")
 
     def matmul(x_MI: jax.Array, w_EIO: jax.Array) -> jax.Array:
         implementation = runtime.grouped_matmul or best_implementation(
-            runtime.platform, *w_EIO.shape[1:], runtime.compute_dtype
+            runtime.platform, len(x_MI), w_EIO.shape, runtime.compute_dtype
         )
         return grouped_matmul(
             x_MI,
@@ -101,6 +132,7 @@ class MoE(nnx.Module):
     def __init__(self, config: ModelConfig, *, runtime: Runtime, rngs: nnx.Rngs):
         self.router = Router(config, runtime=runtime, rngs=rngs)
         self.experts = Experts(config, rngs=rngs)
+        self.replicas: Replicas | None = None
         if config.num_shared_experts:
             shared_width = config.num_shared_experts * config.expert_ffn_width
             self.shared = FeedForward(rngs, config.width, shared_width, config.init_std, runtime)
@@ -108,20 +140,31 @@ class MoE(nnx.Module):
         self.runtime = runtime
 
     def __call__(
-        self, u_BTD: jax.Array, token_mask_BT: jax.Array | None = None
+        self,
+        u_BTD: jax.Array,
+        token_mask_BT: jax.Array | None = None,
+        *,
+        drop_masked: bool = False,
     ) -> tuple[jax.Array, RouterStats]:
-        """u_BTD -> y_BTD in the compute dtype, and the load; the mask touches only the load."""
+        """u_BTD -> y_BTD in the compute dtype, and the load.
+
+        The mask touches only the load; with `drop_masked`, masked tokens go to no routed expert.
+        """
         ids_BTK, weights_BTK, stats = self.router(u_BTD, token_mask_BT)
-        width, top_k = self.config.width, self.config.experts_per_token
-        tokens = u_BTD.reshape(-1, width), ids_BTK.reshape(-1, top_k)
-        y_XD = self._routed(*tokens, weights_BTK.reshape(-1, top_k))
-        y_BTD = y_XD.reshape(u_BTD.shape)
+        if drop_masked:
+            ids_BTK = jnp.where(token_mask_BT[..., None], ids_BTK, self.config.num_experts)
+        mesh = self.runtime.mesh
+        tokens = [flat_tokens(x, mesh) for x in (u_BTD, ids_BTK, weights_BTK)]
+        y_XD, overflow = self._routed(*tokens)
+        y_BTD = unflat_tokens(y_XD, u_BTD.shape[1], mesh)
         if self.config.num_shared_experts:
             y_BTD = y_BTD + self.shared(u_BTD)
-        return y_BTD, stats
+        return y_BTD, stats._replace(overflow=overflow.astype(jnp.float32))
 
     def _routed(self, u_XD, ids_XK, weights_XK):
         experts, runtime = (self.experts.w13[...], self.experts.w2[...]), self.runtime
+        if self.replicas is not None:
+            ids_XK = self.replicas.choose(ids_XK)
         if runtime.fp8 is None:
             function, apply = partial(routed_ffn, runtime=runtime), apply_experts
         else:

@@ -20,6 +20,10 @@ class RouterBias(nnx.Variable):
     """The selection bias b_E: float32, no gradient, moved by `update_bias` only."""
 
 
+class ReplayedChoice(nnx.Variable):
+    """int32 [B, T, K]: the experts that a router is to choose again; no gradient."""
+
+
 class RouterStats(NamedTuple):
     """Load of one layer over the whole (global) batch; masked tokens are left out everywhere.
 
@@ -31,6 +35,8 @@ class RouterStats(NamedTuple):
     expert_loss: jax.Array  # V2's three losses; a group is a device
     device_loss: jax.Array
     communication_loss: jax.Array
+    overflow: jax.Array  # float32, rows and pairs without room at their experts: 0, or no result
+    ids_BTK: jax.Array | None = None  # int32, what was chosen; of routers with `reports_choice`
 
 
 class Router(nnx.Module):
@@ -41,6 +47,9 @@ class Router(nnx.Module):
             rngs, (config.width, config.num_experts), ("embed", None), config.init_std
         )
         self.bias = RouterBias(jnp.zeros((config.num_experts,), jnp.float32))
+        # Routing replay (posttrain/grpo.py) sets these two on a model for one forward pass.
+        self.reports_choice = False
+        self.replay: ReplayedChoice | None = None
         self.config = config
         self.runtime = runtime
 
@@ -53,12 +62,18 @@ class Router(nnx.Module):
         """
         logits_BTE = dot(u_BTD, self.kernel[...], self.runtime.compute_dtype, jnp.float32)
         scores_BTE = affinities(logits_BTE, self.config)
-        ids_BTK = choose_experts(scores_BTE, self.bias[...], self.config)
+        if self.replay is None:
+            ids_BTK = choose_experts(scores_BTE, self.bias[...], self.config)
+        else:
+            ids_BTK = self.replay[...]
         # Kept by the 'paper' policy: recomputed scores may differ in the last bit, and the choice
         # must not change between the forward and the backward pass.
         ids_BTK = checkpoint_name(ids_BTK, "routing")
         weights_BTK = mixing_weights(scores_BTE, ids_BTK, self.config)
-        return ids_BTK, weights_BTK, load_stats(scores_BTE, ids_BTK, self.config, token_mask_BT)
+        stats = load_stats(scores_BTE, ids_BTK, self.config, token_mask_BT)
+        if self.reports_choice:
+            stats = stats._replace(ids_BTK=ids_BTK)
+        return ids_BTK, weights_BTK, stats
 
 
 def affinities(logits_E: jax.Array, config: ModelConfig) -> jax.Array:
@@ -147,6 +162,7 @@ def load_stats(
         expert_loss=jnp.sum(f_BE * p_BE, axis=-1).mean(),
         device_loss=jnp.sum(by_group(f_BE).mean(-1) * p_BG, axis=-1).mean(),
         communication_loss=jnp.sum(sent_f_BG * p_BG, axis=-1).mean(),
+        overflow=jnp.zeros((), jnp.float32),  # known after the dispatch
     )
 
 

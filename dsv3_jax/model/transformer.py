@@ -15,12 +15,13 @@ from jax.sharding import Mesh
 
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.model import rope
-from dsv3_jax.model.block import Block, remat, shard_batch
+from dsv3_jax.model.block import Block, BlockContext, remat
 from dsv3_jax.model.generate import generate
 from dsv3_jax.model.layers import Embedding, Linear, RMSNorm
 from dsv3_jax.model.mtp import MTP, run_modules
 from dsv3_jax.model.router import RouterStats
 from dsv3_jax.model.runtime import Runtime
+from dsv3_jax.parallel.context import balanced, shard_tokens
 from dsv3_jax.precision.policy import dot
 
 if TYPE_CHECKING:
@@ -95,42 +96,68 @@ class DeepSeekV3(nnx.Module):
           output norm (position i predicts token i + k + 1; the last k positions mean nothing); the
           statistics of all MoE layers, main ones first, or None where there is none.
         """
-        cos_sin = rope.cos_sin(rope.positions(tokens_BT.shape[1], segments_BT), self.config)
-        token_mask_BT = None if segments_BT is None else segments_BT > 0
-        embedding_BTD = shard_batch(self.embed(tokens_BT), self.runtime.mesh)
-        x_BTD, all_stats = embedding_BTD, []
-        for blocks in (self.dense_blocks, self.moe_blocks):
-            if blocks is not None:
-                graphdef, state = nnx.split(blocks)
-
-                def layer(x_BTD, layer_state, graphdef=graphdef):
-                    return nnx.merge(graphdef, layer_state)(
-                        x_BTD,
-                        cos_sin=cos_sin,
-                        segments_BT=segments_BT,
-                        token_mask_BT=token_mask_BT,
-                    )
-
-                layer = remat(layer, self.runtime, in_scan=True)
-                x_BTD, stats = jax.lax.scan(layer, x_BTD, state)
-                all_stats.append(stats)
-        main_BTD = self.final_norm(x_BTD)
-        mtp_hidden = []
-        if mtp and self.mtp is not None:
-            mtp_hidden, stats = run_modules(
-                self.mtp,
-                main_BTD if self.config.mtp_hidden == "post_norm" else x_BTD,
-                embedding_BTD,
-                config=self.config,
-                runtime=self.runtime,
-                cos_sin=cos_sin,
-                segments_BT=segments_BT,
-            )
-            all_stats.append(stats)
-        all_stats = [stats for stats in all_stats if stats is not None]
+        context = self.block_context(tokens_BT.shape[1], segments_BT)
+        embedding_BTD = self.embedded(tokens_BT)
+        x_BTD = balanced(embedding_BTD, self.runtime.mesh)
+        x_BTD = self.dense_layers(x_BTD, context)
+        x_BTD, moe_stats = _run_blocks(self.moe_blocks, x_BTD, context, self.runtime)
+        main_BTD, mtp_hidden, mtp_stats = self.last_states(x_BTD, embedding_BTD, context, mtp=mtp)
+        all_stats = [stats for stats in (moe_stats, mtp_stats) if stats is not None]
         if not all_stats:
             return main_BTD, mtp_hidden, None
         return main_BTD, mtp_hidden, jax.tree.map(lambda *s: jnp.concatenate(s), *all_stats)
+
+    def block_context(self, num_tokens: int, segments_BT: jax.Array | None) -> BlockContext:
+        """What all blocks are told about the tokens; `segments_BT` as in `hidden_states`.
+
+        Tokens are in the order that blocks work in, balanced where sequences are split
+        (parallel/context.py).
+        """
+        mesh = self.runtime.mesh
+        positions_BT = balanced(rope.positions(num_tokens, segments_BT), mesh)
+        if segments_BT is not None:
+            segments_BT = balanced(segments_BT, mesh)
+        return BlockContext(
+            cos_sin=rope.cos_sin(positions_BT, self.config),
+            segments_BT=segments_BT,
+            token_mask_BT=None if segments_BT is None else segments_BT > 0,
+        )
+
+    def embedded(self, tokens_BT: jax.Array) -> jax.Array:
+        """int32 tokens -> [B, T, D] in the compute dtype."""
+        return shard_tokens(self.embed(tokens_BT), self.runtime.mesh)
+
+    def dense_layers(self, x_BTD: jax.Array, context: BlockContext) -> jax.Array:
+        """Runs the leading blocks, those with a dense FFN, by a scan."""
+        return _run_blocks(self.dense_blocks, x_BTD, context, self.runtime)[0]
+
+    def dense_layers_unrolled(self, x_BTD: jax.Array, context: BlockContext) -> jax.Array:
+        """As `dense_layers`, one by one: no loop hides a weight's cast from who moves it out."""
+        if self.dense_blocks is None:
+            return x_BTD
+        layer, state = _layer_function(self.dense_blocks, context, self.runtime)
+        for i in range(self.config.num_dense_layers):
+            x_BTD, _ = layer(x_BTD, jax.tree.map(lambda weight, i=i: weight[i], state))
+        return x_BTD
+
+    def last_states(
+        self, x_BTD: jax.Array, embedding_BTD: jax.Array, context: BlockContext, *, mtp: bool = True
+    ) -> tuple[jax.Array, list[jax.Array], RouterStats | None]:
+        """What follows the blocks, as `hidden_states` returns it; statistics are the MTP ones."""
+        main_BTD = self.final_norm(x_BTD)
+        if not mtp or self.mtp is None:
+            return balanced(main_BTD, self.runtime.mesh), [], None
+        mtp_hidden, stats = run_modules(
+            self.mtp,
+            main_BTD if self.config.mtp_hidden == "post_norm" else x_BTD,
+            embedding_BTD,
+            config=self.config,
+            runtime=self.runtime,
+            cos_sin=context.cos_sin,
+            segments_BT=context.segments_BT,
+        )
+        mesh = self.runtime.mesh  # back to natural order
+        return balanced(main_BTD, mesh), [balanced(h_BTD, mesh) for h_BTD in mtp_hidden], stats
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """float32 [..., V] from [..., D]; a bf16 product is not rounded to bf16."""
@@ -150,6 +177,24 @@ class DeepSeekV3(nnx.Module):
     ) -> jax.Array:
         """Continues each row by `max_new_tokens` tokens; see `generate.generate`."""
         return generate(self, tokens_BT, max_new_tokens, temperature, seed, speculative)
+
+
+def _run_blocks(blocks: Block | None, x_BTD, context: BlockContext, runtime: Runtime):
+    """Scans stacked blocks; returns the last output and the layers' statistics."""
+    if blocks is None:
+        return x_BTD, None
+    layer, state = _layer_function(blocks, context, runtime)
+    return jax.lax.scan(layer, x_BTD, state)
+
+
+def _layer_function(blocks: Block, context: BlockContext, runtime: Runtime):
+    """(x_BTD, weights of a layer) -> (y_BTD, statistics), recomputing; and the stacked weights."""
+    graphdef, state = nnx.split(blocks)
+
+    def layer(x_BTD, layer_state):
+        return nnx.merge(graphdef, layer_state)(x_BTD, **context._asdict())
+
+    return remat(layer, runtime, in_scan=True), state
 
 
 @partial(jax.jit, static_argnums=0)

@@ -6,6 +6,7 @@ one hop of `hierarchical`. Letters: X own tokens, K choices, S positions, R = S 
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,7 @@ import jax.numpy as jnp
 from dsv3_jax.parallel.permute import transposed_pair
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class PaddedHop:
     """One exchange between the positions of a mesh axis, or of each group of its positions.
 
@@ -40,6 +41,10 @@ class PaddedHop:
         """
         positions_S = jnp.arange(self.num_positions)
         return (destination_XK == positions_S[:, None, None]).any(-1)
+
+    def overflow(self, plan: Any) -> jax.Array:
+        """int32, the rows of a plan that found no room: none here."""
+        return jnp.zeros((), jnp.int32)
 
     def send(self, x_XD: jax.Array, sent_SX: jax.Array) -> jax.Array:
         """-> [R, D]: the copies that the others sent here, zeros between them."""

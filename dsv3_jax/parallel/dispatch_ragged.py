@@ -10,7 +10,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from dsv3_jax.parallel.permute import Routes, collect, sort_pairs, spread, transposed_pair
+from dsv3_jax.parallel.permute import Routes, collect, once, sort_pairs, spread, transposed_pair
 
 
 class Segments(NamedTuple):
@@ -46,10 +46,7 @@ class RaggedHop:
         Args:
           destination_XK: int32 position that owns each choice; S: nobody.
         """
-        # One copy a position: a later choice at a position already served goes nowhere.
-        same_XKK = destination_XK[:, :, None] == destination_XK[:, None, :]
-        served_XK = jnp.tril(same_XKK, -1).any(-1)
-        destination_XK = jnp.where(served_XK, self.num_positions, destination_XK)
+        destination_XK = once(destination_XK, self.num_positions)
         routes, _, send_sizes = sort_pairs(destination_XK, self.num_positions)
         recv_sizes = self._exchange(send_sizes)
         send_offsets = jnp.cumsum(send_sizes) - send_sizes
@@ -58,6 +55,10 @@ class RaggedHop:
         there = Segments(send_offsets, send_sizes, self._exchange(recv_offsets), recv_sizes)
         back = Segments(recv_offsets, recv_sizes, self._exchange(send_offsets), send_sizes)
         return RaggedPlan(routes, there, back)
+
+    def overflow(self, plan: RaggedPlan) -> jax.Array:
+        """int32, the rows of a plan that found no room: none here."""
+        return jnp.zeros((), jnp.int32)
 
     def send(self, x_XD: jax.Array, plan: RaggedPlan) -> jax.Array:
         """-> [R, D]: the copies that the others sent here, by sender; zeros after the last."""

@@ -2,6 +2,7 @@
 
 One function, several implementations, each a pair (product, weight gradient):
 
+  rows        every row times the weight of its group: GPU, where there are few rows a group.
   ragged      `jax.lax.ragged_dot`: TPU. On CPU and GPU it multiplies every group with every row.
   mosaic_gpu  jax's Pallas kernels for Hopper (`grouped_matmul_mosaic.py`).
   padded      groups padded to whole blocks of rows, one batched matmul: any GPU, any shape.
@@ -21,9 +22,15 @@ from dsv3_jax.parallel import grouped_matmul_mosaic as mosaic
 from dsv3_jax.precision.block_scaled import BlockScaled, refuse_gradient
 
 
-def best_implementation(platform: str, d_in: int, d_out: int, compute_dtype: jnp.dtype) -> str:
-    """The fastest implementation on a platform that accepts the shape."""
+def best_implementation(
+    platform: str, num_rows: int, w_shape: tuple[int, int, int], compute_dtype: jnp.dtype
+) -> str:
+    """The fastest implementation on a platform that accepts the shape [G, I, O] of the weights."""
+    num_groups, d_in, d_out = w_shape
     if platform == "gpu":
+        # Reads and copies a weight a row; the others read those of all groups, empty or not.
+        if 4 * num_rows <= num_groups:
+            return "rows"
         return "mosaic_gpu" if mosaic.accepts(d_in, d_out, compute_dtype) else "padded"
     return "ragged" if platform == "tpu" else "loop"
 
@@ -49,7 +56,8 @@ def grouped_matmul(
       y_MO in `compute_dtype`. Gradients: dx in x's dtype (zeros after the last group), dw in w's.
     """
     if implementation is None:
-        implementation = best_implementation(jax.default_backend(), *w_GIO.shape[1:], compute_dtype)
+        platform = jax.default_backend()
+        implementation = best_implementation(platform, len(x_MI), w_GIO.shape, compute_dtype)
     return _grouped(x_MI, w_GIO, group_sizes_G, jnp.dtype(compute_dtype), implementation)
 
 
@@ -58,6 +66,8 @@ def _grouped(x_MI, w_GIO, sizes_G, compute_dtype, implementation):
     return _forward(x_MI, w_GIO, sizes_G, compute_dtype, implementation)[0]
 
 
+# Compiled programs show kernels by their scope alone (`plan/overlap.py`).
+@jax.named_scope("grouped_matmul")
 def _forward(x_MI, w_GIO, sizes_G, compute_dtype, implementation):
     product, _ = _IMPLEMENTATIONS[implementation]
     x_low = x_MI.astype(compute_dtype)
@@ -66,6 +76,7 @@ def _forward(x_MI, w_GIO, sizes_G, compute_dtype, implementation):
     return y_MO, (x_low, w_GIO, sizes_G, jnp.zeros((0,), x_MI.dtype))
 
 
+@jax.named_scope("grouped_matmul")
 def _backward(compute_dtype, implementation, residuals, dy_MO):
     x_low, w_GIO, sizes_G, like_x = residuals
     refuse_gradient(w_GIO)
@@ -105,6 +116,7 @@ def _ragged_weight_gradient(x_MI, dy_MO, sizes_G):
 # product(x_MI, w_GIO, sizes_G, transposed=) -> [M, O] in x's dtype; transposed: w is [G, O, I].
 # weight_gradient(x_MI, dy_MO, sizes_G) -> float32 [G, I, O].
 _IMPLEMENTATIONS = {
+    "rows": (blocks.rows_product, blocks.loop_weight_gradient),
     "ragged": (_ragged_product, _ragged_weight_gradient),
     "mosaic_gpu": (mosaic.product, mosaic.weight_gradient),
     "padded": (blocks.padded_product, blocks.loop_weight_gradient),

@@ -107,3 +107,20 @@ def padded_product(x_MI, w_GIO, sizes_G, *, transposed):
     slot_M = (blocks.start_G * rows - blocks.row_start_G).at[group_M].get(mode="clip") + row_M
     # Rows after the last group land on rows of a block that belong to no group: zeros.
     return y_blocks.reshape(-1, y_blocks.shape[-1]).at[slot_M].get(mode="clip")
+
+
+def rows_product(x_MI, w_GIO, sizes_G, *, transposed):
+    """Every row reads its group's weight, and no other group is read: for fewer rows than groups.
+
+    A product a row, each of a slice of the weights, which XLA reads where it lies.
+    """
+    group_M = jnp.sum(jnp.arange(len(x_MI))[:, None] >= jnp.cumsum(sizes_G), axis=-1)
+
+    def one_row(_, row):
+        x_I, group = row
+        w_IO = jax.lax.dynamic_index_in_dim(w_GIO, group, keepdims=False)
+        w_IO = w_IO.T if transposed else w_IO
+        return None, jnp.dot(x_I[None], w_IO, preferred_element_type=jnp.float32)[0]
+
+    _, y_MO = jax.lax.scan(one_row, None, (x_MI, group_M))
+    return zero_after_groups(y_MO.astype(x_MI.dtype), sizes_G)

@@ -53,13 +53,22 @@ def _collect(y_MD: jax.Array, routes: Routes) -> jax.Array:
 spread, collect = transposed_pair(_spread, _collect)
 
 
-def sort_pairs(ids_XK: jax.Array, num_groups: int) -> tuple[Routes, Routes, jax.Array]:
+def once(destination_XK: jax.Array, nowhere: int) -> jax.Array:
+    """Sends a row once to each destination: a later choice of the same one goes `nowhere`."""
+    same_XKK = destination_XK[:, :, None] == destination_XK[:, None, :]
+    return jnp.where(jnp.tril(same_XKK, -1).any(-1), nowhere, destination_XK)
+
+
+def sort_pairs(
+    ids_XK: jax.Array, num_groups: int, max_slots: int | None = None
+) -> tuple[Routes, Routes, jax.Array]:
     """Gives every (row, choice) pair a slot, sorted by the group it goes to; ties keep their order.
 
     Args:
       ids_XK: int32 group of each pair, e.g. an expert or a device; `num_groups` for a pair that
         goes nowhere. The groups of one row differ, which bounds the slots by X min(K, groups).
       num_groups: G.
+      max_slots: room for fewer pairs than that bound; the last ones are left out.
 
     Returns:
       The routes of rows, the routes of pairs (row-major, one slot each), and sizes_G, int32.
@@ -68,6 +77,9 @@ def sort_pairs(ids_XK: jax.Array, num_groups: int) -> tuple[Routes, Routes, jax.
     num_pairs, num_slots = num_rows * top_k, num_rows * min(top_k, num_groups)
     group_of_pair = ids_XK.reshape(-1)
     sizes_G = jnp.sum(group_of_pair[:, None] == jnp.arange(num_groups), axis=0, dtype=jnp.int32)
+    if max_slots is not None and max_slots < num_slots:
+        num_slots = max_slots
+        sizes_G = jnp.diff(jnp.minimum(jnp.cumsum(sizes_G), num_slots), prepend=0)
     total = sizes_G.sum()
     pair_of_position = jnp.argsort(group_of_pair, stable=True).astype(jnp.int32)
     positions = jnp.arange(num_pairs, dtype=jnp.int32)

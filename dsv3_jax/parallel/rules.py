@@ -7,28 +7,36 @@ weights.
 
 from collections.abc import Mapping
 from functools import lru_cache
+from itertools import chain, combinations
 from types import MappingProxyType
 
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 
+from dsv3_jax.parallel.mesh import CONTEXT_AXIS
+
 MeshAxes = str | tuple[str, ...] | None
 Box = tuple[tuple[int, int], ...]  # first and last (excluded) position in each dim
 
 _REPLICATED = dict.fromkeys(
-    ("layer", "vocab", "embed", "q_latent", "kv_latent", "heads", "ffn", "expert_embed",
-     "expert_ffn")
+    ("layer", "vocab", "embed", "q_latent", "kv_latent", "heads", "up_heads", "ffn",
+     "expert_embed", "expert_ffn")
 )  # fmt: skip
 
+TOKEN_AXES = ("data", CONTEXT_AXIS, "expert")  # what tokens are split over, as the mesh orders it
+
+# An axis that a mesh does not have splits nothing.
 LAYOUTS: Mapping[str, Mapping[str, MeshAxes]] = MappingProxyType(
     {
         "zero1_ep": {**_REPLICATED, "expert": "expert"},
         "fsdp_ep": {
             **_REPLICATED,
             "expert": "expert",
-            "embed": ("data", "expert"),
-            "expert_embed": "data",
+            "embed": TOKEN_AXES,
+            # Heads that come up from a latent: their weights have no width of the model to split.
+            "up_heads": TOKEN_AXES,
+            "expert_embed": ("data", CONTEXT_AXIS),
         },
     }
 )
@@ -62,7 +70,8 @@ def logical_to_spec(axes: tuple[str | None, ...], rules: Mapping[str, MeshAxes])
 
 
 def _fitting(mesh: Mesh, dim: int, axes: tuple[str, ...]) -> tuple[str, ...]:
-    """The longest prefix of mesh axes whose product divides a dim."""
+    """The longest prefix of those axes that the mesh has whose product divides a dim."""
+    axes = tuple(axis for axis in axes if axis in mesh.shape)
     while axes and dim % int(np.prod([mesh.shape[a] for a in axes])):
         axes = axes[:-1]
     return axes
@@ -73,30 +82,38 @@ def weight_sharding(
 ) -> NamedSharding:
     """Sharding of a weight; a stacked one has leading dims that `axes` does not name.
 
-    A dim that its mesh axes do not divide is split over fewer of them, down to replicated.
+    A dim that its mesh axes do not divide is split over fewer of them, down to replicated. The
+    first width of a layer that is free and divisible is split over `pipe`: a rank's stages get
+    their layers whole at the start of a step (`pipeline/stages.py`).
     """
-    axes = ("layer",) * (len(shape) - len(axes)) + tuple(axes)
+    num_leading = len(shape) - len(axes)
+    axes = ("layer",) * num_leading + tuple(axes)
     spec = logical_to_spec(axes, LAYOUTS[layout])
     entries = [
         _fitting(mesh, dim, _as_tuple(entry)) for dim, entry in zip(shape, spec, strict=True)
     ]
+    pipe = mesh.shape["pipe"]
+    for i in range(num_leading, len(shape)) if pipe > 1 else ():
+        if not entries[i] and shape[i] % pipe == 0:
+            entries[i] = ("pipe",)
+            break
     return NamedSharding(mesh, PartitionSpec(*(entry or None for entry in entries)))
 
 
 def optimizer_sharding(weight: NamedSharding, shape: tuple[int, ...]) -> NamedSharding:
-    """ZeRO-1 (spec §8): optimizer state also split over the batch axes its weight leaves free.
+    """ZeRO-1 (spec §8): optimizer state also split over the token axes its weight leaves free.
 
-    The free axes go to the first unsharded dim that they divide; with none, the state stays as the
-    weight is.
+    As many of them as can go to the first unsharded dim that they divide; with none, the state
+    stays as the weight is.
     """
     mesh = weight.mesh
     entries = [_as_tuple(e) for e in weight.spec] + [()] * (len(shape) - len(weight.spec))
     used = {axis for entry in entries for axis in entry}
-    free = tuple(a for a in ("data", "expert") if a not in used and mesh.shape[a] > 1)
-    for axes in (free, free[:1], free[1:]):
+    free = [a for a in TOKEN_AXES if a not in used and mesh.shape.get(a, 1) > 1]
+    for axes in chain(*(combinations(free, count) for count in range(len(free), 0, -1))):
         size = int(np.prod([mesh.shape[a] for a in axes]))
         for i, (dim, entry) in enumerate(zip(shape, entries, strict=True)):
-            if axes and not entry and dim % size == 0:
+            if not entry and dim % size == 0:
                 entries[i] = axes
                 return NamedSharding(mesh, PartitionSpec(*(e or None for e in entries)))
     return weight

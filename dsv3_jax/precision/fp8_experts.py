@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from dsv3_jax.parallel.expert_parallel import Hop, combine, route, send
+from dsv3_jax.parallel.expert_parallel import Hop, combine, room_for_pairs, route, send
 from dsv3_jax.parallel.permute import Routes, align, collect, sort_pairs, spread
 from dsv3_jax.precision.block_scaled import refuse_gradient
 from dsv3_jax.precision.fp8 import (
@@ -52,7 +52,7 @@ def fp8_experts(
     recipe: Fp8Recipe,
     num_experts: int,
     hops: Sequence[Hop],
-) -> jax.Array:
+) -> tuple[jax.Array, jax.Array]:
     """sum_k weight_k FFN_k(x) on one device: dispatch, its own experts, combine (spec §3, step 6).
 
     Call inside `shard_map`, unless there are no hops.
@@ -65,19 +65,21 @@ def fp8_experts(
       num_experts: of the whole `expert` axis.
 
     Returns:
-      y_XD bfloat16. Gradients: dx in x's dtype; float32 for `weights_XK` and the masters.
+      y_XD bfloat16, and the int32 number of rows and pairs that found no room. Gradients: dx in
+      x's dtype; float32 for `weights_XK` and the masters.
 
     Raises:
       UserError: a gradient is asked for and the weights have no masters to receive it.
     """
     choices = route(ids_XK, weights_XK, num_experts=num_experts, hops=hops)
     # No tile of 128 rows, over which Wgrad's operands share a scale, belongs to two experts.
-    routes = align(*sort_pairs(choices.ids_RK, w13.shape[0]), BLOCK)
+    slots = sort_pairs(choices.ids_RK, w13.shape[0], room_for_pairs(hops))
+    routes = align(*slots, BLOCK)
     rows, pairs, sizes_E = checkpoint_name(routes, "routing")
     weight_M1 = spread(choices.weights_RK.reshape(-1, 1), pairs)
     how, routing = _How(recipe, tuple(hops)), _Routing(choices.plans, rows, sizes_E)
     h_M2F = _up(how, x_XD, w13, routing)
-    return _down(how, h_M2F, weight_M1, w2, routing)
+    return _down(how, h_M2F, weight_M1, w2, routing), choices.overflow
 
 
 class _How(NamedTuple):

@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from hurry import COMMAND_FLAGS
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -17,7 +19,7 @@ def test_two_processes(tmp_path):
     environment = {
         **os.environ,
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count=4 {COMMAND_FLAGS}",
         "PYTHONPATH": str(ROOT),
     }
     processes = [

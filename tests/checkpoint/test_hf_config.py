@@ -179,7 +179,8 @@ def test_named_models_come_back(name, yarn, dtype):
     assert read(values) == essence(model)
     assert ("quantization_config" in values) == (dtype == "fp8")
     assert values["torch_dtype"] == ("float32" if dtype == "f32" else "bfloat16")
-    assert values["max_position_embeddings"] == model.yarn.original_length * (40 if yarn else 1)
+    factor = model.yarn.factor if yarn else 1
+    assert values["max_position_embeddings"] == model.yarn.original_length * factor
     assert (values["rope_scaling"] is None) == (not yarn)
 
 

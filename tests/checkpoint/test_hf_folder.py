@@ -167,6 +167,22 @@ DAMAGE = {
         lambda f: break_index(f, lambda m: m.update({NORM: FIRST})),
         f"{NORM} in {FIRST}",
     ),
+    "index names a file outside": (
+        lambda f: break_index(f, lambda m: m.update({NORM: f"../{f.name}/{FIRST}"})),
+        "must lie in the folder itself",
+    ),
+    "index names an absolute path": (
+        lambda f: break_index(f, lambda m: m.update({NORM: str(f / FIRST)})),
+        "must lie in the folder itself",
+    ),
+    "index names a NUL": (
+        lambda f: break_index(f, lambda m: m.update({NORM: "a\0b"})),
+        "must lie in the folder itself",
+    ),
+    "index is nested without end": (
+        lambda f: (f / INDEX).write_text('{"weight_map":' + "[" * 200_000),
+        INDEX,
+    ),
     "index names a tensor that is nowhere": (
         lambda f: break_index(f, lambda m: m.update({"model.extra": SECOND})),
         f"model.extra in {SECOND}",

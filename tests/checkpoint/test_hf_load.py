@@ -264,7 +264,7 @@ def test_logits_of_fp8_weights_are_those_of_the_dequantized_ones(tmp_path):
         assert np.abs(ours - expected).max() <= 2e-5 * np.abs(expected).max()
 
 
-@pytest.mark.parametrize("on_mesh", [False, True])
+@pytest.mark.parametrize("on_mesh", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_fp8_in_memory_computes_what_the_bfloat16_import_computes(fp8_folder, on_mesh):
     mesh = make_mesh() if on_mesh else None
     kept = DeepSeekV3.from_pretrained(fp8_folder[0], dtype=FP8, mesh=mesh)

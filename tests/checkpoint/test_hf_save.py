@@ -15,6 +15,7 @@ import pytest
 import safetensors
 from absl import logging
 from checkpoint import hf_random
+from hurry import COMMAND_FLAGS
 from jax.sharding import Mesh
 
 from dsv3_jax import DeepSeekV3
@@ -90,9 +91,9 @@ def folders(tmp_path_factory):
     [
         ("ragged", FP8, None),
         ("ragged", jnp.float32, "fsdp_ep"),
-        ("ragged", BF16, None),
-        ("aligned", FP8, "fsdp_ep"),
-        ("aligned", jnp.float32, None),
+        pytest.param("ragged", BF16, None, marks=pytest.mark.slow),
+        pytest.param("aligned", FP8, "fsdp_ep", marks=pytest.mark.slow),
+        pytest.param("aligned", jnp.float32, None, marks=pytest.mark.slow),
         ("aligned", BF16, "zero1_ep"),
     ],
 )
@@ -208,6 +209,7 @@ def test_errors_come_before_anything_is_written(folders, tmp_path):
     assert sorted(path.iterdir()) == before
 
 
+@pytest.mark.slow
 def test_two_processes_load_and_save_together(folders, tmp_path):
     """Each reads the experts of its own devices; together they write what one would."""
     path, tensors = folders["ragged"]
@@ -217,7 +219,7 @@ def test_two_processes_load_and_save_together(folders, tmp_path):
     environment = {
         **os.environ,
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=4 --xla_backend_optimization_level=0",
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count=4 {COMMAND_FLAGS}",
         "PYTHONPATH": str(ROOT),
     }
     worker = str(Path(__file__).with_name("hf_process_worker.py"))

@@ -74,7 +74,7 @@ def _conversations():
 
 
 @needs_released
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(_conversations(), st.booleans())
 def test_built_in_template_equals_the_released_one_on_random_conversations(messages, prompt):
     expected = render({"messages": messages, "add_generation_prompt": prompt})
@@ -126,7 +126,7 @@ def _control(tokenizer, ids):
     return [i for i in ids if i in control]
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(st.data())
 def test_names_of_control_tokens_in_messages_stay_text(tokenizer, data):
     names = st.sampled_from(sorted(tokenizer.control_ids))

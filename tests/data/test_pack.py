@@ -69,10 +69,10 @@ def test_mixture_shares_tokens_not_documents():
     means = [np.mean([len(s[i]) for i in range(50)]) for s in sources]
     mixed = mix(sources, (3.0, 1.0), means, seed=5)
     counts = np.zeros(2)
-    for i in range(20_000):
+    for i in range(6000):
         document = mixed[i]
         counts[document[0]] += len(document)
-    assert abs(counts[0] / counts.sum() - 0.75) < 0.01
+    assert abs(counts[0] / counts.sum() - 0.75) < 0.02
 
 
 def test_mixture_reshuffles_every_epoch():

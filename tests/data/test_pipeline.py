@@ -22,6 +22,7 @@ from dsv3_jax.data.pipeline import (
     validation_rows,
 )
 from dsv3_jax.errors import UserError
+from dsv3_jax.sealed import seal, unseal
 
 DOCUMENTS = 120
 ROOT = Path(__file__).parents[2]
@@ -322,6 +323,17 @@ def test_damaged_index_or_tokenizer(folder, tmp_path, name):
         prepare_corpus(config)
 
 
+def test_an_index_may_not_name_files_elsewhere(folder, tmp_path):
+    config = _config(folder, "alpha", cache=tmp_path, max_documents=40)
+    path = prepare_corpus(config).folder / prepare.INDEX
+    index = unseal(path.read_bytes())
+    for name in ("../secret", str(tmp_path / "secret")):
+        index["sources"][0]["train"][0]["file"] = name
+        path.write_bytes(seal(index))
+        with pytest.raises(UserError, match=rf"index.json names .*{name}.*outside"):
+            prepare_corpus(config)
+
+
 def test_damage_after_verification_stops_with_the_shard(folder, tmp_path):
     config = _config(folder, "alpha", cache=tmp_path, max_documents=40)
     corpus = prepare_corpus(config)
@@ -423,7 +435,7 @@ def test_prepare_data_tool(folder, tmp_path):
     run = _prepare_data(*settings, f"--output={output}", "--shard_documents=30")
     assert run.returncode == 0, run.stderr
     assert "120 documents read, 120 kept" in run.stdout and "20 documents held out" in run.stdout
-    index = json.loads((output / prepare.INDEX).read_text())
+    index = unseal((output / prepare.INDEX).read_bytes())
     assert [len(s["train"]) for s in index["sources"]] == [4, 4]
     assert [shard["documents"] for shard in index["sources"][0]["train"]] == [30, 30, 30, 20]
     config = _config(folder, "alpha", prepared=str(output), cache=tmp_path / "unused")
@@ -437,3 +449,23 @@ def test_prepare_data_tool(folder, tmp_path):
     assert run.returncode == 2 and run.stdout == ""
     assert run.stderr.splitlines()[-1].startswith(f"error: {output} already exists")
     assert "Traceback" not in run.stderr
+
+
+def test_a_malformed_record_stops_or_is_counted_and_left_out(folder, tmp_path):
+    lines = (folder / "alpha.jsonl").read_text().split("\n")
+    (tmp_path / "bad.jsonl").write_text("\n".join([*lines[:50], '{"text": 1', *lines[50:]]))
+    (tmp_path / "good.jsonl").write_text("\n".join(lines))
+    with pytest.raises(UserError, match=r"bad\.jsonl.*51.*malformed record"):
+        prepare_corpus(_config(tmp_path, "bad"))
+    with pytest.raises(UserError, match=r"1 of 121 .* more than data\.max_bad_fraction=0\.0001"):
+        prepare_corpus(_config(tmp_path, "bad", on_bad_record="skip"))
+    config = _config(tmp_path, "bad", on_bad_record="skip", max_bad_fraction=0.01)
+    corpus, good = prepare_corpus(config), prepare_corpus(_config(tmp_path, "good"))
+    assert "left out: 1 malformed (" in str(corpus) and "left out" not in str(good)
+    assert corpus.tokens == good.tokens and len(corpus.train[0]) == len(good.train[0])
+    for split, other in ((corpus.train, good.train), (corpus.validation, good.validation)):
+        for i in range(len(split[0])):
+            np.testing.assert_array_equal(split[0][i], other[0][i])
+    assert prepare_corpus(config).digest == corpus.digest  # from the cache, the same
+    with pytest.raises(UserError, match="malformed record"):  # which 'stop' does not use
+        prepare_corpus(_config(tmp_path, "bad"))

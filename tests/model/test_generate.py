@@ -139,9 +139,28 @@ def test_bfloat16_decoding_agrees_with_its_prefill():
         (np.zeros((2, 0), np.int32), {}, "at least one token"),
         ([[1]], {"max_new_tokens": 0}, "max_new_tokens=0 is too small"),
         ([[1]], {"temperature": -1.0}, "temperature=-1.0 is negative"),
-        ([[1]], {"speculative": True}, "not available yet"),
     ],
 )
 def test_bad_input_is_refused(tokens, options, message):
     with pytest.raises(UserError, match=message):
         make_model().generate(np.asarray(tokens), **options)
+
+
+def test_speculative_generation():
+    model = make_model()
+    plain = model.generate(prompt(), max_new_tokens=NEW)
+    drafted = model.generate(prompt(), max_new_tokens=NEW, speculative=True)
+    assert drafted.dtype == jnp.int32
+    np.testing.assert_array_equal(drafted, plain)
+    repeated = np.repeat(prompt()[:1], B, axis=0)
+    hot = {"max_new_tokens": NEW, "temperature": 2.0, "speculative": True}
+    first = np.asarray(model.generate(repeated, seed=1, **hot))
+    np.testing.assert_array_equal(first, model.generate(repeated, seed=1, **hot))
+    assert not np.array_equal(first, model.generate(repeated, seed=2, **hot))
+    assert len(np.unique(first, axis=0)) == B  # rows of one prompt differ
+
+
+def test_speculation_needs_an_mtp_module():
+    model = make_model(dataclasses.replace(CONFIG, mtp_depth=0))
+    with pytest.raises(UserError, match="no MTP module to draft with"):
+        model.generate(prompt(), speculative=True)

@@ -77,10 +77,10 @@ def test_parameter_tree():
         "norm_a.gain": ((D,), (None,)),
         "attn.wq_a.kernel": ((D, Q), ("embed", "q_latent")),
         "attn.q_norm.gain": ((Q,), (None,)),
-        "attn.wq_b.kernel": ((Q, N * (P + R)), ("q_latent", "heads")),
+        "attn.wq_b.kernel": ((Q, N * (P + R)), ("q_latent", "up_heads")),
         "attn.wkv_a.kernel": ((D, L + R), ("embed", "kv_latent")),
         "attn.kv_norm.gain": ((L,), (None,)),
-        "attn.wkv_b.kernel": ((L, N * (P + H)), ("kv_latent", "heads")),
+        "attn.wkv_b.kernel": ((L, N * (P + H)), ("kv_latent", "up_heads")),
         "attn.wo.kernel": ((N * H, D), ("heads", "embed")),
         "norm_f.gain": ((D,), (None,)),
     }
@@ -305,6 +305,7 @@ def count_matmuls(program, *widths):
     return tuple(shapes.count((B, T, width)) for width in widths)
 
 
+@pytest.mark.slow
 def test_gradients_of_mtp_under_every_recomputation_policy():
     """One test, so that its programs compile once. The loss is the MTP module's alone."""
     config = dataclasses.replace(

@@ -21,10 +21,13 @@ from dsv3_jax.parallel.mesh import BATCH_AXES
 
 D, F, E, K = 12, 8, 16, 3
 ROWS, EXPERTS = PartitionSpec(BATCH_AXES), PartitionSpec("expert")
-BACKENDS = {  # name: (dispatch, devices_per_node)
-    "padded": ("padded", 8),
-    "ragged": ("ragged", 8),
-    "hierarchical": ("hierarchical", 2),
+BACKENDS = {
+    "padded": dict(dispatch="padded"),
+    "ragged": dict(dispatch="ragged"),
+    "hierarchical": dict(dispatch="hierarchical", devices_per_node=2),
+    # Room enough for any routing of these tests.
+    "capped": dict(dispatch="padded", buffer_factor=8.0),
+    "capped hierarchical": dict(dispatch="hierarchical", devices_per_node=2, buffer_factor=8.0),
 }
 CASES = [
     (1, 1, "padded"),
@@ -35,12 +38,7 @@ CASES = [
 @cache
 def make_runtime(data: int, expert: int, backend: str) -> Runtime:
     devices = np.array(jax.devices()[: data * expert]).reshape(1, data, expert)
-    dispatch, devices_per_node = BACKENDS[backend]
-    return Runtime(
-        mesh=Mesh(devices, ("pipe", "data", "expert")),
-        dispatch=dispatch,
-        devices_per_node=devices_per_node,
-    )
+    return Runtime(mesh=Mesh(devices, ("pipe", "data", "expert")), **BACKENDS[backend])
 
 
 @cache
@@ -60,8 +58,10 @@ def make_run(data: int, expert: int, backend: str):
                 runtime=runtime,
             )
 
-        y_XD, transpose = jax.vjp(function, x_XD, weights_XK, w13_ED2F, w2_EFD)
-        return y_XD, transpose(dy_XD)
+        y_XD, transpose, overflow = jax.vjp(
+            function, x_XD, weights_XK, w13_ED2F, w2_EFD, has_aux=True
+        )
+        return y_XD, transpose(dy_XD), overflow
 
     return value_and_gradients
 
@@ -79,11 +79,38 @@ def operands(num_tokens, pattern):
 @pytest.mark.parametrize(("data", "expert", "backend"), CASES)
 def test_equals_dense_experts(data, expert, backend, pattern):
     arrays = operands(37, pattern)  # 37 tokens: no mesh divides them
-    y_XD, gradients = make_run(data, expert, backend)(*arrays)
+    y_XD, gradients, overflow = make_run(data, expert, backend)(*arrays)
+    assert overflow == 0
     expected_y, expected_gradients = routed_experts(*arrays)
     assert relative_error(y_XD, expected_y) <= 1e-5
     for gradient, expected in zip(gradients, expected_gradients, strict=True):
         assert relative_error(gradient, expected) <= 1e-5
+
+
+@pytest.mark.parametrize("dispatch", [b for b in BACKENDS if b.startswith("capped")])
+def test_rows_without_room_are_counted(dispatch):
+    """By hand: two devices have room for C rows, an owner for P pairs of a row and an expert."""
+    factor = 1.0
+    runtime = dataclasses.replace(make_runtime(1, 8, dispatch), buffer_factor=factor)
+    hops = expert_parallel.make_hops(runtime, 5, K)
+    x_XD, ids_XK, weights_XK, w13_ED2F, w2_EFD, _ = operands(40, "one_expert")
+
+    @jax.jit
+    def run(ids_XK):
+        function = partial(routed_ffn, runtime=runtime)
+        arrays = x_XD, ids_XK, weights_XK, w13_ED2F, w2_EFD
+        return expert_parallel.apply_experts(function, *arrays, runtime=runtime)
+
+    assert run(ids_XK)[1] > 0
+    if len(hops) == 1:
+        owners = [sorted({e // 2 for e in row}) for row in ids_XK.tolist()]
+        rows = np.zeros((8, 8), int)  # [sender, owner]
+        for token, devices in enumerate(owners):
+            rows[token // 5, devices] += 1
+        no_room = np.maximum(rows - hops[0].capacity, 0).sum()
+        assert 0 < no_room <= run(ids_XK)[1] <= no_room + ids_XK.size
+    spread_out = (np.arange(40)[:, None] * 2 + np.array([0, 5, 10])) % E  # as even as can be
+    assert run(spread_out.astype(np.int32))[1] == 0
 
 
 def on_shards(function, runtime, num_inputs):
@@ -102,7 +129,7 @@ def on_shards(function, runtime, num_inputs):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_token_reaches_each_owner_once_with_its_choices(backend):
     runtime = make_runtime(1, 8, backend)
-    hops = expert_parallel.make_hops(runtime)
+    hops = expert_parallel.make_hops(runtime, 5, K)
     x_XD, ids_XK, weights_XK, *_ = operands(40, "any")
 
     def received(x_XD, ids_XK, weights_XK):
@@ -169,7 +196,7 @@ def test_hierarchical_sends_one_copy_to_each_node_the_router_kept():
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_combine_is_the_transpose_of_dispatch_and_its_derivative(backend):
     runtime = make_runtime(2, 4, backend)
-    hops = expert_parallel.make_hops(runtime)
+    hops = expert_parallel.make_hops(runtime, 5, K)
     x_XD, ids_XK, weights_XK, *_ = operands(40, "one_expert")
 
     def both(x_XD, ids_XK, weights_XK):
@@ -256,7 +283,7 @@ def layer_results():
         @partial(jax.value_and_grad, argnums=(0, 1), has_aux=True)
         def loss(params, u_BTD):
             y_BTD, stats = nnx.merge(graphdef, params, bias)(u_BTD, mask_BT)
-            return jnp.vdot(y_BTD, dy_BTD) + sum(stats[1:]), (y_BTD, stats)
+            return jnp.vdot(y_BTD, dy_BTD) + sum(stats[1:5]), (y_BTD, stats)
 
         (value, aux), (d_params, du_BTD) = loss(params, u_BTD)
         return value, *aux, nnx.to_pure_dict(d_params), du_BTD
@@ -269,7 +296,11 @@ def test_layer_does_not_depend_on_the_mesh(layer_results):
     single, meshed = layer_results
     for result in meshed:
         np.testing.assert_array_equal(result[2].counts_E, single[2].counts_E)
-        errors = jax.tree.map(relative_error, result, single)
+        assert result[2].overflow == single[2].overflow == 0
+        result, single_result = (
+            (r[0], r[1], r[2]._replace(overflow=1.0), *r[3:]) for r in (result, single)
+        )
+        errors = jax.tree.map(relative_error, result, single_result)
         assert max(jax.tree.leaves(errors)) <= 1e-5, errors
 
 

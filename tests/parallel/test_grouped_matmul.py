@@ -28,7 +28,7 @@ def by_numpy(x_MI, w_GIO, sizes_G, dy_MO):
     return y_MO, dx_MI, dw_GIO
 
 
-@pytest.fixture(scope="module", params=["ragged", "padded", "loop"])
+@pytest.fixture(scope="module", params=["ragged", "padded", "loop", "rows"])
 def run(request):
     # Excess precision would hide a result that is rounded to bf16 and widened again.
     @partial(jax.jit, compiler_options={"xla_allow_excess_precision": False})
@@ -80,11 +80,13 @@ def test_bf16_operands_give_float32_weight_gradients(run):
 
 def test_choice_of_implementation():
     bf16, f32 = jnp.bfloat16, jnp.float32
-    assert best_implementation("tpu", 100, 100, f32) == "ragged"
-    assert best_implementation("cpu", 128, 128, bf16) == "loop"
-    assert best_implementation("gpu", 1024, 768, bf16) == "mosaic_gpu"
-    assert best_implementation("gpu", 1024, 768, f32) == "padded"  # the kernels take bf16 only
-    assert best_implementation("gpu", 1024, 100, bf16) == "padded"
+    assert best_implementation("tpu", 9, (8, 100, 100), f32) == "ragged"
+    assert best_implementation("cpu", 9, (8, 128, 128), bf16) == "loop"
+    assert best_implementation("gpu", 9, (8, 1024, 768), bf16) == "mosaic_gpu"
+    assert best_implementation("gpu", 9, (8, 1024, 768), f32) == "padded"  # kernels take bf16 only
+    assert best_implementation("gpu", 9, (8, 1024, 100), bf16) == "padded"
+    assert best_implementation("gpu", 8, (32, 1024, 768), bf16) == "rows"
+    assert best_implementation("gpu", 9, (32, 1024, 768), bf16) == "mosaic_gpu"
 
 
 def test_gpu_kernels_lower_forwards_and_backwards():

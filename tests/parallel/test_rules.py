@@ -103,6 +103,33 @@ def test_optimizer_state_takes_the_axes_its_weight_leaves_free(shape, axes, layo
     assert optimizer_sharding(weight, shape).spec == expected
 
 
+PIPED = AbstractMesh((2, 2, 4), AXES)
+
+
+@pytest.mark.parametrize(
+    ("shape", "axes", "layout", "weight", "state"),
+    [
+        # The first free width that `pipe` divides; never the stack of layers.
+        (
+            (6, 8, 16), _DENSE, "zero1_ep",
+            P(None, "pipe", None), P(None, "pipe", ("data", "expert")),
+        ),
+        ((6, 7, 16), _DENSE, "zero1_ep", P(None, None, "pipe"), P("data", None, "pipe")),
+        ((6, 16, 6), _DENSE, "fsdp_ep", P(None, ("data", "expert"), "pipe"), None),
+        (
+            (6, 8, 6, 4), _EXPERTS, "zero1_ep",
+            P(None, "expert", "pipe", None), P("data", "expert", "pipe", None),
+        ),
+        ((6, 8, 6, 4), _EXPERTS, "fsdp_ep", P(None, "expert", "data", "pipe"), None),
+        ((6, 7), ("embed",), "zero1_ep", P(None, None), P("data", None)),
+    ],
+)  # fmt: skip
+def test_a_pipeline_also_splits_a_width_over_its_ranks(shape, axes, layout, weight, state):
+    sharding = weight_sharding(PIPED, shape, axes, layout)
+    assert sharding.spec == weight
+    assert optimizer_sharding(sharding, shape).spec == (state or weight)
+
+
 def test_mesh_and_batch():
     parallel = dataclasses.replace(tiny().parallel, data=2, expert=4)
     mesh = make_mesh(parallel)
@@ -112,4 +139,8 @@ def test_mesh_and_batch():
     assert batch_sharding(mesh).shard_shape((16, 3)) == (2, 3)
     with pytest.raises(UserError, match="needs 16 devices but 8 cpu device"):
         make_mesh(dataclasses.replace(parallel, expert=8))
+    with pytest.raises(
+        UserError, match="pipe 2 x data 2 x expert 4 needs 16 .*lower one of parallel.pipe"
+    ):
+        make_mesh(dataclasses.replace(parallel, pipe=2))
     assert isinstance(make_mesh(parallel, jax.devices()[::-1]), Mesh)

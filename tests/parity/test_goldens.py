@@ -48,6 +48,7 @@ def run_model(case: cases.Case) -> dict[str, np.ndarray]:
         **stats._asdict(),
     }
     named["counts"] = named.pop("counts_E")
+    assert not named.pop("overflow").any() and named.pop("ids_BTK") is None
     for k, logits_BTV in enumerate(logits[1:], start=1):  # the last k positions mean nothing
         named[f"mtp_logits_{k}"] = logits_BTV[:, :-k]
     for path, leaf in nnx.to_flat_state(grads):
@@ -61,7 +62,13 @@ def relative_difference(ours: np.ndarray, golden: np.ndarray) -> float:
     return float(np.abs(ours - golden).max() / max(np.abs(golden).max(), 1e-30))
 
 
-@pytest.mark.parametrize("name", cases.CASES)
+OFTEN = {"query_latent", "yarn", "groups_negative", "softmax_groups", "mtp_two_deep"}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=() if n in OFTEN else pytest.mark.slow) for n in cases.CASES],
+)
 def test_model_agrees_with_the_torch_reading(name):
     case, golden = cases.CASES[name], dict(np.load(cases.FOLDER / f"{name}.npz"))
     ours = run_model(case)

@@ -120,7 +120,7 @@ def test_float32_weights_are_quantised_as_torch_quantises_them(tmp_path):
     assert_same_tensors(tmp_path / "fp8", "released_fp8")
 
 
-@pytest.mark.parametrize("dtype", [F32, FP8])
+@pytest.mark.parametrize("dtype", [pytest.param(F32, marks=pytest.mark.slow), FP8])
 @pytest.mark.parametrize(
     ("values", "num_shards"),
     [(RAGGED, 3), (ALIGNED, 4), (V2_LITE, 1)],

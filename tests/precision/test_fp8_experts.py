@@ -124,7 +124,7 @@ def value_and_gradients(runtime, x_XD, ids_XK, weights_XK, w13_ED2F, w2_EFD, dy_
     def function(x_XD, weights_XK, w13_ED2F, w2_EFD):
         experts = as_fp8(w13_ED2F, recipe), as_fp8(w2_EFD, recipe)
         on_shard = partial(fp8_experts, recipe=recipe)
-        return on_every_shard(on_shard, x_XD, ids_XK, weights_XK, *experts, runtime=runtime)
+        return on_every_shard(on_shard, x_XD, ids_XK, weights_XK, *experts, runtime=runtime)[0]
 
     y_XD, transpose = jax.vjp(function, x_XD, weights_XK, w13_ED2F, w2_EFD)
     return y_XD, *transpose(dy_XD)
@@ -158,20 +158,22 @@ def test_nan_stays_with_its_token():
 
 
 @pytest.mark.parametrize(
-    ("recipe", "kwargs"),
+    ("recipe", "kwargs", "bound"),
     [
-        (Fp8Recipe(gradient_scales="blocks"), {"gradient_rows": 128}),
-        (Fp8Recipe(scales="tensor"), {"one_scale": True}),
+        (Fp8Recipe(gradient_scales="blocks"), {"gradient_rows": 128}, 2e-3),
+        # Where the largest number rounds otherwise in bfloat16, so does every code of its tensor.
+        (Fp8Recipe(scales="tensor"), {"one_scale": True}, 1e-2),
     ],
 )
-def test_ablations_reach_the_experts(recipe, kwargs):
+def test_ablations_reach_the_experts(recipe, kwargs, bound):
     arrays = operands(300)
     found, published = run(replace(ONE, fp8=recipe), *arrays), reading(*arrays)
-    check(found, reading(*arrays, **kwargs))
+    check(found, reading(*arrays, **kwargs), bound)
     with pytest.raises(AssertionError):
-        check(found, published)
+        check(found, published, bound)
 
 
+@pytest.mark.slow
 def test_products_without_promotion_are_those_of_each_expert_alone():
     rng = np.random.default_rng()
     sizes_E, recipe = jnp.asarray([128, 0, 256], jnp.int32), Fp8Recipe(promotion=False)
@@ -269,7 +271,7 @@ def test_what_is_kept_of_rows_is_in_eight_bits():
         def function(x_XD, weights_XK, *experts):
             experts = [as_fp8(w) for w in experts]
             on_shard = partial(fp8_experts, recipe=PUBLISHED)
-            return on_every_shard(on_shard, x_XD, ids_XK, weights_XK, *experts, runtime=ONE)
+            return on_every_shard(on_shard, x_XD, ids_XK, weights_XK, *experts, runtime=ONE)[0]
 
         return jax.vjp(function, x_XD, weights_XK, *experts)[1]
 
@@ -283,6 +285,7 @@ def test_what_is_kept_of_rows_is_in_eight_bits():
     }
 
 
+@pytest.mark.slow
 def test_released_weights_run_but_do_not_train():
     x_XD, ids_XK, weights_XK, w13_ED2F, w2_EFD, dy_XD = operands(300)
     experts = [as_fp8(jnp.asarray(w)) for w in (w13_ED2F, w2_EFD)]
@@ -292,7 +295,7 @@ def test_released_weights_run_but_do_not_train():
     def forward(*experts):
         weights = [as_fp8(w) for w in experts]
         on_shard = partial(fp8_experts, recipe=PUBLISHED)
-        return on_every_shard(on_shard, x_XD, ids_XK, weights_XK, *weights, runtime=ONE)
+        return on_every_shard(on_shard, x_XD, ids_XK, weights_XK, *weights, runtime=ONE)[0]
 
     np.testing.assert_array_equal(forward(*released), forward(w13_ED2F, w2_EFD))
     with pytest.raises(UserError, match="do not train"):

@@ -58,7 +58,7 @@ def test_codes_lie_where_their_masters_do():
     assert not all(jax.tree.leaves(replicated))
 
 
-@pytest.mark.parametrize("layout", ["zero1_ep", "fsdp_ep"])
+@pytest.mark.parametrize("layout", ["zero1_ep", pytest.param("fsdp_ep", marks=pytest.mark.slow)])
 def test_eight_devices_equal_one(layout, start, one_device):
     batch, one, one_metrics = one_device
     config = make_config(layout=layout, data=2, expert=4, model=WITHOUT_MTP)

@@ -52,7 +52,7 @@ def executions(jaxpr, name):
     return total
 
 
-@pytest.mark.parametrize("remat", ["none", "paper"])
+@pytest.mark.parametrize("remat", [pytest.param("none", marks=pytest.mark.slow), "paper"])
 def test_weights_are_quantised_once_a_step(remat, start, monkeypatch):
     original = fp8.quantize_blocks
 
@@ -77,6 +77,7 @@ def test_weights_are_quantised_once_a_step(remat, start, monkeypatch):
     assert count(evaluate, start.params, start.router_bias, batch) >= 7 + 7
 
 
+@pytest.mark.slow
 def test_gradients_and_losses_are_near_those_of_bfloat16(start):
     batches = [make_batch(8, microbatches=2) for _ in range(6)]
     histories = [

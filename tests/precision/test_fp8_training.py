@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import jax
 import numpy as np
+import pytest
 from small_run import MODEL, SPEED, WEIGHT, make_batch, make_config, make_mesh
 
 from dsv3_jax.parallel.mesh import batch_sharding
@@ -34,6 +35,7 @@ def losses(config, starts, corpora):
     return curves
 
 
+@pytest.mark.slow
 def test_fp8_ends_within_half_a_percent_of_bfloat16():
     """Two runs: each gap alone varies by 0.2 % with the rounding of either precision.
 

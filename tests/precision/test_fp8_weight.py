@@ -41,6 +41,7 @@ def test_holds_every_matrix_quantised_alone_both_ways(recipe, tile):
     assert as_fp8(weight) is weight and weight[...].shape == weight.shape
 
 
+@pytest.mark.slow
 def test_released_codes_are_taken_as_they_are_and_do_not_train():
     w_IO = masters(200, 256)
     codes, scales = quantize_blocks(w_IO)
@@ -103,10 +104,12 @@ def test_layers_scanned_and_recomputed_give_the_gradient_of_the_master(remat, on
     d_hidden = d_hidden.astype(jnp.bfloat16)
     expected_hidden, expected_dx, expected_dw_0 = linear(x_MI, stacked[0], d_hidden, True)
     assert_close(hidden_MO, expected_hidden, 2.0**-8)
-    assert_close(dx_MI, expected_dx, 0.02)
-    assert_close(d_params["kernel"][0], expected_dw_0, 0.02)
+    # A code that falls the other way is a step of E4M3 (2**-3) of one of 140 terms.
+    assert_close(dx_MI, expected_dx, 0.04)
+    assert_close(d_params["kernel"][0], expected_dw_0, 0.04)
 
 
+@pytest.mark.slow
 def test_roles_that_stay_out_of_fp8_multiply_as_before():
     x, runtime = masters(3, 64).astype(jnp.bfloat16), Runtime(compute_dtype=jnp.dtype(jnp.bfloat16))
     outputs = {}

@@ -19,7 +19,7 @@ from dsv3_jax.precision.policy import PUBLISHED
 SIZE = 2.0**-36  # a power of two, so that nothing but the size changes
 
 
-@pytest.mark.parametrize("moe", [False, True])
+@pytest.mark.parametrize("moe", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_a_smaller_gradient_is_the_same_but_smaller(moe):
     runtime = Runtime(compute_dtype=jnp.dtype(jnp.bfloat16), fp8=PUBLISHED)
     block = Block(MODEL, moe=moe, runtime=runtime, rngs=nnx.Rngs(0))
