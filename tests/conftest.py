@@ -10,6 +10,8 @@ import tempfile
 import pytest
 from hurry import COMPILER_FLAGS
 
+pytest_plugins = ["draws"]
+
 for _flag in ("--xla_force_host_platform_device_count=8", *COMPILER_FLAGS):
     if _flag.split("=")[0] not in os.environ.get("XLA_FLAGS", ""):
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_flag}".strip()

@@ -34,7 +34,7 @@ def exported(request, tmp_path_factory):
 
 
 def _texts():
-    rng = random.Random()
+    rng = random.Random(random.random())
     alphabet = "abc XYZ019\n\t.,(){}é漢かक😀\u0301"
     texts = ["".join(rng.choices(alphabet, k=rng.randrange(40))) for _ in range(300)]
     return ["", "import json\n", *texts]
