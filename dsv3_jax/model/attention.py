@@ -9,14 +9,18 @@ Shape letters: B batch, T query tokens, S key tokens, N heads, P nope, R rope, H
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
+from math import prod
 
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import Mesh, PartitionSpec
 
 from dsv3_jax.errors import UserError, did_you_mean
 from dsv3_jax.model import attention_cudnn as cudnn
+from dsv3_jax.model import attention_hopper as hopper
+from dsv3_jax.parallel.mesh import BATCH_AXES
 
 BLOCK_TOKENS = 512  # most query or key tokens of a block of scores
 
@@ -29,6 +33,7 @@ class Attention:
     attend: Callable  # (*inputs, segments, scale) -> o, differentiable
     forward: Callable  # (*inputs, segments, scale) -> o and what `backward` calls lse
     backward: Callable  # (inputs, segments, scale, o, lse, do) -> the gradients of the inputs
+    is_kernel: bool = False  # XLA cannot partition it: every device runs it on its own sequences
 
 
 def mla_attention(
@@ -41,6 +46,7 @@ def mla_attention(
     scale: float,
     segments_BT: jax.Array | None = None,
     implementation: str | None = None,
+    mesh: Mesh | None = None,
 ) -> jax.Array:
     """softmax over j <= t of scale * (q_nope.k_nope + q_rope.k_rope), times v (spec §2).
 
@@ -49,7 +55,9 @@ def mla_attention(
     Args:
       scale: multiplies the whole logit.
       segments_BT: int32 document numbers; a token attends to its own document only. S must be T.
-      implementation: 'cudnn' or 'blockwise'; None takes the first that accepts the inputs.
+      implementation: 'hopper', 'cudnn' or 'blockwise'; None takes the first that accepts the
+        inputs.
+      mesh: that B is split over; None on one device, and inside `shard_map`.
 
     Returns:
       [B, T, N, H] in v's dtype.
@@ -59,10 +67,13 @@ def mla_attention(
       NotImplementedError: no implementation accepts the inputs; lists every reason.
     """
     inputs = (q_nope_BTNP, q_rope_BTNR, k_nope_BSNP, k_rope_BSR, v_BSNH)
-    return choose(inputs, segments_BT, implementation).attend(*inputs, segments_BT, scale)
+    attention = choose(inputs, segments_BT, implementation, mesh)
+    return attention.attend(*inputs, segments_BT, scale)
 
 
-def choose(inputs, segments_BT: jax.Array | None, implementation: str | None) -> Attention:
+def choose(
+    inputs, segments_BT: jax.Array | None, implementation: str | None, mesh: Mesh | None
+) -> Attention:
     """The implementation named, or the first that accepts the inputs; raises as `mla_attention`."""
     if implementation is not None and implementation not in IMPLEMENTATIONS:
         hint = did_you_mean(implementation, IMPLEMENTATIONS)
@@ -73,11 +84,63 @@ def choose(inputs, segments_BT: jax.Array | None, implementation: str | None) ->
     for name in (implementation,) if implementation else IMPLEMENTATIONS:
         try:
             IMPLEMENTATIONS[name].refuse(inputs, segments_BT)
+            return on_mesh(IMPLEMENTATIONS[name], mesh, inputs[0].shape[0])
         except NotImplementedError as reason:
             reasons.append(f"{name}: {reason}")
-        else:
-            return IMPLEMENTATIONS[name]
     raise NotImplementedError("no attention accepts these inputs; " + "; ".join(reasons))
+
+
+def on_mesh(attention: Attention, mesh: Mesh | None, num_sequences: int) -> Attention:
+    """The implementation for sequences that are split over a mesh."""
+    if mesh is None or not attention.is_kernel:
+        return attention
+    num_shards = prod(mesh.shape[axis] for axis in BATCH_AXES)
+    if num_sequences % num_shards:
+        raise NotImplementedError(f"takes no {num_sequences} sequences on {num_shards} devices")
+    return _on_each_device(attention, mesh)
+
+
+@lru_cache
+def _on_each_device(attention: Attention, mesh: Mesh) -> Attention:
+    shards = partial(jax.shard_map, mesh=mesh, check_vma=False)
+    specs = dict(in_specs=PartitionSpec(BATCH_AXES), out_specs=PartitionSpec(BATCH_AXES))
+
+    def forward(*inputs_segments_scale):
+        *arrays, scale = inputs_segments_scale
+        return shards(lambda *arrays: attention.forward(*arrays, scale), **specs)(*arrays)
+
+    def backward(inputs, segments, scale, *o_lse_do):
+        def one(inputs, segments, *o_lse_do):
+            return attention.backward(inputs, segments, scale, *o_lse_do)
+
+        return shards(one, **specs)(inputs, segments, *o_lse_do)
+
+    return by_passes(attention.refuse, forward, backward)
+
+
+def by_passes(refuse: Callable, forward: Callable, backward: Callable) -> Attention:
+    """A kernel's two passes as one differentiable function.
+
+    The output and the log-sum-exp are named, as the blockwise form names them.
+    """
+
+    @partial(jax.custom_vjp, nondiff_argnums=(6,))
+    def attend(*inputs_segments_scale):
+        return forward(*inputs_segments_scale)[0]
+
+    def forward_rule(*inputs_segments_scale):
+        o_BTNH, lse = forward(*inputs_segments_scale)
+        o_BTNH = checkpoint_name(o_BTNH, "attention_out")
+        lse = checkpoint_name(lse, "attention_lse")
+        *inputs, segments, _ = inputs_segments_scale
+        return o_BTNH, (tuple(inputs), segments, o_BTNH, lse)
+
+    def backward_rule(scale, residuals, do_BTNH):
+        inputs, segments, *o_lse = residuals
+        return *backward(inputs, segments, scale, *o_lse, do_BTNH), None
+
+    attend.defvjp(forward_rule, backward_rule)
+    return Attention(refuse, attend, forward, backward, is_kernel=True)
 
 
 def by_differentiation(attend: Callable) -> tuple[Callable, Callable]:
@@ -295,6 +358,7 @@ _CUDNN_PASSES = (
 )
 # In the order of preference.
 IMPLEMENTATIONS = {
+    "hopper": by_passes(hopper.refuse, hopper.forward, hopper.backward),
     "cudnn": Attention(cudnn.refuse, cudnn.attend, *_CUDNN_PASSES),
     "blockwise": Attention(
         _refuse_blockwise, blockwise_attention, _blockwise_forward, _blockwise_backward

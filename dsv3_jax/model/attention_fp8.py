@@ -52,7 +52,7 @@ def attend_and_project(
       [B, T, D] bfloat16. Gradients: of the inputs in their dtypes; float32 for `weight.master`.
     """
     inputs = (q_nope_BTNP, q_rope_BTNR, k_nope_BSNP, k_rope_BSR, v_BSNH)
-    how = _How(choose(inputs, segments_BT, implementation), scale, recipe, mesh)
+    how = _How(choose(inputs, segments_BT, implementation, mesh), scale, recipe, mesh)
     return _attend_and_project(how, inputs, segments_BT, weight)
 
 

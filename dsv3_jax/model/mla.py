@@ -103,10 +103,11 @@ class MLA(nnx.Module):
             scale=rope.softmax_scale(c),
             segments_BT=segments_BT,
             implementation=self.runtime.attention,
+            mesh=self.runtime.mesh,
         )
         wo, runtime = self.wo.fp8_weight(), self.runtime
         if wo is not None:
-            return attend_and_project(*inputs, wo, runtime.fp8, mesh=runtime.mesh, **how)
+            return attend_and_project(*inputs, wo, runtime.fp8, **how)
         o_BTNH = mla_attention(*inputs, **how)
         return self.wo(o_BTNH.reshape(*o_BTNH.shape[:2], -1))
 

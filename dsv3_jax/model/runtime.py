@@ -23,7 +23,7 @@ class Runtime:
     compute_dtype: jnp.dtype = jnp.dtype(jnp.float32)  # activations, and operands not in FP8
     fp8: Fp8Recipe | None = None  # how the Linears of `policy.LINEARS` multiply; None: as the rest
     remat: str = "none"  # 'none', 'paper' (spec §5.5), 'full'
-    attention: str | None = None  # None: the best that accepts the shapes; 'blockwise', 'cudnn'
+    attention: str | None = None  # None: the best for the shapes; 'hopper', 'cudnn', 'blockwise'
     grouped_matmul: str | None = None  # None: by platform; see `parallel/grouped_matmul.py`
     dispatch: str = "padded"  # 'padded', 'ragged', 'hierarchical'
     buffer_factor: float | None = None  # room for received rows over an even share; None: for all

@@ -8,9 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dsv3_jax.config import ParallelConfig
 from dsv3_jax.errors import UserError
 from dsv3_jax.model import attention
 from dsv3_jax.model import attention_cudnn as cudnn
+from dsv3_jax.model import attention_hopper as hopper
+from dsv3_jax.parallel.mesh import make_mesh
 
 NAMES = ("q_nope", "q_rope", "k_nope", "k_rope", "v")
 SCALE = 0.37
@@ -172,6 +175,67 @@ def test_no_score_matrix_at_4096_tokens():
     compiled = jax.jit(program).lower(*wide).compile()
     shapes = re.findall(r"\w+\[([\d,]+)\]", compiled.as_text())
     assert not [shape for shape in shapes if is_scores(tuple(map(int, shape.split(","))))]
+
+
+@pytest.fixture
+def hopper_by_definition(monkeypatch):
+    """Hopper's kernels as what defines them, so that all around them runs here."""
+    accepted = attention.by_passes(lambda *_: None, hopper.forward, hopper.backward)
+    monkeypatch.setitem(attention.IMPLEMENTATIONS, "hopper", accepted)
+    for name in ("forward", "backward"):
+        function = getattr(hopper.kernels, name)
+
+        def by_definition(*args, function=function, implementation):
+            return function(*args, implementation="reference")
+
+        monkeypatch.setattr(hopper.kernels, name, by_definition)
+
+
+@pytest.mark.parametrize("separate", [False, True], ids=["one_text", "documents"])
+def test_kernels_run_on_each_device_of_a_mesh(separate, hopper_by_definition):
+    inputs, do = random_inputs(9, B=8)
+    segments = documents(8, 13) if separate else None
+    expected, expected_gradients = reference(inputs, do, segments)
+    for mesh in (None, make_mesh(ParallelConfig(data=2, expert=4))):
+        attend = partial(
+            attention.mla_attention, scale=SCALE, segments_BT=segments, mesh=mesh,
+            implementation="hopper",
+        )  # fmt: skip
+
+        @jax.jit
+        def both(inputs, do, attend=attend):
+            o, vjp = jax.vjp(attend, *inputs)
+            return o, vjp(do)
+
+        o, gradients = both(inputs, do)
+        np.testing.assert_allclose(o, expected, atol=1e-5)
+        for got, want in zip(gradients, expected_gradients, strict=True):
+            np.testing.assert_allclose(got, want, atol=1e-5)
+
+
+def test_recomputation_keeps_what_a_kernel_returns(hopper_by_definition):
+    """Its forward pass then runs once: one softmax less than without the names."""
+    inputs, do = random_inputs(10, B=8)
+    mesh = make_mesh(ParallelConfig(data=8))
+    attend = partial(attention.mla_attention, scale=SCALE, mesh=mesh, implementation="hopper")
+
+    def num_exponentials(*names):
+        def both(inputs, do):
+            kept = jax.checkpoint_policies.save_only_these_names(*names)
+            return jax.vjp(jax.checkpoint(attend, policy=kept), *inputs)[1](do)
+
+        return str(jax.make_jaxpr(both)(inputs, do)).count("= exp ")
+
+    assert num_exponentials("attention_out", "attention_lse") < num_exponentials()
+
+
+def test_a_kernel_takes_no_sequences_that_a_mesh_does_not_divide(hopper_by_definition):
+    inputs, _ = random_inputs(1, B=3)
+    attend = partial(attention.mla_attention, *inputs, scale=SCALE)
+    mesh = make_mesh(ParallelConfig(data=2, expert=4))
+    with pytest.raises(NotImplementedError, match="takes no 3 sequences on 8 devices"):
+        attend(mesh=mesh, implementation="hopper")
+    assert attention.choose(inputs, None, None, mesh) is attention.IMPLEMENTATIONS["blockwise"]
 
 
 def test_dispatch_names_every_reason():
