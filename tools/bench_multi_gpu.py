@@ -8,7 +8,7 @@ so in its line and the next is tried; exit code 1 if one did.
   dispatch   send and combine of each back end at V3's width, beside a bare all-to-all of the same
              buffers. GB/s count the rows that have to leave the device, once for each destination
   equality   loss and every gradient leaf of each schedule and back end against one device, float32
-  schedules  step time of a slice of V3-wide layers on two pipeline ranks, beside `1f1b`; with
+  schedules  step time of a slice of V3-wide layers on pipeline ranks, beside `1f1b`; with
              --profile also how much of the transfers' time was hidden under compute
   layouts    step time of that slice without a pipeline: `zero1_ep`, `fsdp_ep`
 """
@@ -18,6 +18,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ _EXPERTS = flags.DEFINE_integer("experts", 8, "a layer of the slice; 4 a token",
 _MICROBATCHES = flags.DEFINE_integer("microbatches", 8, "of a step of the slice", lower_bound=4)
 _STEPS = flags.DEFINE_integer("steps", 4, "timed", lower_bound=1)
 _SLICE = flags.DEFINE_string("slice", "deepseek_v3_671b", "run whose layers the slice has")
+_PIPES = flags.DEFINE_list("pipes", ["2"], "pipeline ranks of 'equality' and 'schedules'")
 _SCHEDULES = flags.DEFINE_list(
     "schedules", ["1f1b", "dualpipe", "dualpipev", "zb1p"], "of 'equality' and 'schedules'"
 )
@@ -235,8 +237,10 @@ def equality() -> Iterator[dict]:
     for name, options in backends().items():
         room = {"buffer_factor": 8.0} if "buffer_factor" in options else {}
         yield attempt(name, lambda o=options | room: compare(expert=size, **o))
-    for name in _SCHEDULES.value:
-        yield attempt(name, lambda n=name: compare(pipe=2, expert=size // 2, schedule=n))
+    for pipe in map(int, _PIPES.value):
+        for name in _SCHEDULES.value:
+            options = dict(pipe=pipe, expert=size // pipe, schedule=name)
+            yield attempt(f"{name}, {pipe} ranks", lambda o=options: compare(**o))
 
 
 def slice_config(**parallel: Any) -> Config:
@@ -318,24 +322,25 @@ def memory_gib(step) -> float:
 
 
 def schedules() -> Iterator[dict]:
-    """Two ranks, the other devices in `expert`; idle ticks by the simulator stand beside."""
+    """The other devices are in `expert`; idle ticks by the simulator stand beside."""
     import jax
 
     from dsv3_jax.parallel.pipeline.schedules import make_schedule
     from dsv3_jax.parallel.pipeline.simulate import simulate
 
-    size, first = jax.device_count(), None
-    for name in _SCHEDULES.value:
-        profile = f"{_PROFILE.value}/{name}" if _PROFILE.value else None
-        config = slice_config(pipe=2, expert=size // 2, schedule=name)
-        found = attempt(name, lambda c=config, p=profile: step_seconds(c, p))
-        if "seconds" in found:
-            first = first or found
-            found["over"] = first["case"]
-            found["speedup"] = first["seconds"] / found["seconds"]
-            simulation = simulate(make_schedule(name, 2, _MICROBATCHES.value))
-            found["simulated_units"] = simulation.makespan
-        yield found
+    for pipe in map(int, _PIPES.value):
+        first = None
+        for name in _SCHEDULES.value:
+            profile = f"{_PROFILE.value}/{name}{pipe}" if _PROFILE.value else None
+            config = slice_config(pipe=pipe, expert=jax.device_count() // pipe, schedule=name)
+            found = attempt(f"{name}, {pipe} ranks", partial(step_seconds, config, profile))
+            if "seconds" in found:
+                first = first or found
+                found["over"] = first["case"]
+                found["speedup"] = first["seconds"] / found["seconds"]
+                simulation = simulate(make_schedule(name, pipe, _MICROBATCHES.value))
+                found["simulated_units"] = simulation.makespan
+            yield found
 
 
 def layouts() -> Iterator[dict]:
