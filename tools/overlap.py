@@ -1,12 +1,13 @@
 """What runs while chunks travel between devices: of a compiled program, or of a profile.
 
 python -m tools.overlap --hlo=FILE [--copies_above=MIB]
-python -m tools.overlap --profile=DIR
+python -m tools.overlap --profile=DIR [--figure=FILE]
 
 FILE holds the text of a program compiled for GPU or TPU, `compiled.as_text()`: lists for each
 all-to-all how many matmuls of the forward and the backward chunk are issued between its start and
 its end, and the copies in loops that the device waits for. DIR is that of `jax.profiler.trace`:
-lists for each collective how long it took and how much of that the same device computed. Exit code
+lists for each collective how long it took and how much of that the same device computed; FILE
+(.svg, .png) receives a picture of the middle of what the first device did. Exit code
 2, with one line: the file or the folder is something else.
 """
 
@@ -16,12 +17,14 @@ from pathlib import Path
 from absl import flags
 
 from dsv3_jax.errors import UserError, run_main
-from dsv3_jax.plan import hlo, overlap, overlap_profile
+from dsv3_jax.plan import hlo, overlap, overlap_figure, overlap_profile
 from tools.text import aligned
 
 _HLO = flags.DEFINE_string("hlo", None, "File with the text of a compiled program.")
 _PROFILE = flags.DEFINE_string("profile", None, "Folder that jax.profiler.trace wrote.")
 _COPIES_ABOVE = flags.DEFINE_float("copies_above", 64.0, "MiB from which copies are listed.")
+_FIGURE = flags.DEFINE_string("figure", None, "Picture to draw of a profile.")
+_WINDOW_MS = flags.DEFINE_float("window_ms", 60.0, "Milliseconds that it shows.", lower_bound=0.01)
 _MIB = 2**20
 
 
@@ -68,14 +71,22 @@ def profile_report(times: Sequence[overlap_profile.CollectiveTime]) -> list[str]
 
     rows = [("collective", "of", "runs", "ms", "hidden ms", "hidden")]
     rows += [row(time.name, time.scope, [time]) for time in times]
+    kinds = sorted({overlap_profile.kind_of(time.name) for time in times})
+    of_kinds = {k: [t for t in times if overlap_profile.kind_of(t.name) == k] for k in kinds}
+    rows += [row(f"all {kind or 'others'}", "", of) for kind, of in of_kinds.items()]
     return aligned([*rows, row("all", "", times)], num_left=2)
 
 
 def main(argv: list[str]) -> None:
     if len(argv) != 1 or (_HLO.value is None) == (_PROFILE.value is None):
         raise UserError("give one of --hlo=FILE and --profile=DIR")
+    if _FIGURE.value and not _PROFILE.value:
+        raise UserError("--figure draws a profile; give --profile=DIR")
     if _PROFILE.value is not None:
-        lines = profile_report(overlap_profile.read_profile(Path(_PROFILE.value)))
+        devices = overlap_profile.device_events(Path(_PROFILE.value))
+        lines = profile_report(overlap_profile.collective_times(devices))
+        if _FIGURE.value:
+            overlap_figure.draw(devices[0], Path(_FIGURE.value), _WINDOW_MS.value)
     else:
         try:
             text = Path(_HLO.value).read_text(errors="replace")

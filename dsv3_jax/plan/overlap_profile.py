@@ -6,7 +6,7 @@ a browser beside it, this holds all events. A collective's time includes waiting
 
 import re
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,15 +26,27 @@ _NO_KERNEL = re.compile(r"Memcpy|Memset")
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Event:
+class Event:
     """Something that a device did."""
 
     name: str  # of the operation in the program if known, else of the kernel
+    kernel: str
     scope: str
     start: float  # ns
     end: float
     is_collective: bool
     is_compute: bool
+
+    @property
+    def kind(self) -> str:
+        return kind_of(self.name)
+
+
+def kind_of(name: str) -> str:
+    """'all-to-all', 'collective-permute', ... of an operation's name; '' if it is another."""
+    name = name.replace("_", "-").replace("ppermute", "collective-permute")
+    found = _COLLECTIVE.match(name)
+    return found.group(1).removeprefix("ragged-") if found else ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,8 +64,8 @@ class CollectiveTime:
         return self.hidden_ns / self.total_ns if self.total_ns else 0.0
 
 
-def read_profile(directory: Path) -> list[CollectiveTime]:
-    """Collectives of the newest profile under a directory, the longest first.
+def device_events(directory: Path) -> list[list[Event]]:
+    """What every device did, from the newest profile under a directory.
 
     Raises:
       UserError: it holds no profile, or one without an event of a GPU or TPU.
@@ -69,6 +81,17 @@ def read_profile(directory: Path) -> list[CollectiveTime]:
     ]
     if not devices:
         raise UserError(f"{runs[-1]} shows no GPU and no TPU; profile a run on one")
+    return devices
+
+
+def read_profile(directory: Path) -> list[CollectiveTime]:
+    """Collectives of the newest profile under a directory, the longest first; raises as
+    `device_events`."""
+    return collective_times(device_events(directory))
+
+
+def collective_times(devices: Sequence[Sequence[Event]]) -> list[CollectiveTime]:
+    """Collectives of all devices, the longest first."""
     found: dict[tuple[str, str], list[tuple[float, float]]] = defaultdict(list)
     for events in devices:
         busy = _union([(e.start, e.end) for e in events if e.is_compute])
@@ -89,7 +112,7 @@ def read_profile(directory: Path) -> list[CollectiveTime]:
     return sorted(times, key=lambda time: -time.total_ns)
 
 
-def _device_events(plane) -> list[_Event]:
+def _device_events(plane) -> list[Event]:
     if plane.name.startswith("/device:GPU:"):
         # Other lines repeat the kernels, summed up by module, operation and step.
         lines = (line for line in plane.lines if line.name.startswith("Stream"))
@@ -100,12 +123,13 @@ def _device_events(plane) -> list[_Event]:
     return []
 
 
-def _kernel(event) -> _Event:
+def _kernel(event) -> Event:
     stats = dict(event.stats)
     operation = str(stats.get("hlo_op", ""))
     is_collective = bool(_COLLECTIVE_KERNEL.search(event.name) or _COLLECTIVE.match(operation))
-    return _Event(
+    return Event(
         name=operation or event.name.partition("(")[0],
+        kernel=event.name,
         scope=_scope(stats),
         start=event.start_ns,
         end=event.start_ns + event.duration_ns,
@@ -114,7 +138,7 @@ def _kernel(event) -> _Event:
     )
 
 
-def _operations(line) -> Iterator[_Event]:
+def _operations(line) -> Iterator[Event]:
     """Operations of a TPU core; a start and its end make one collective, with what lies between."""
     started: dict[str, float] = {}
     for event in sorted(line.events, key=lambda event: event.start_ns):
@@ -125,8 +149,9 @@ def _operations(line) -> Iterator[_Event]:
             started[name] = event.start_ns
             continue
         name = name.replace("-done", "-start")
-        yield _Event(
+        yield Event(
             name=name,
+            kernel=name,
             scope=_scope(dict(event.stats)),
             start=started.pop(name, event.start_ns) if is_collective else event.start_ns,
             end=end,

@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec
 from dsv3_jax.config import ParallelConfig
 from dsv3_jax.errors import UserError
 from dsv3_jax.parallel.mesh import make_mesh
-from dsv3_jax.plan import hlo, overlap
+from dsv3_jax.plan import hlo, overlap, overlap_figure
 from dsv3_jax.plan.overlap_profile import read_profile
 from tools.overlap import profile_report, program_report
 
@@ -299,6 +299,27 @@ def test_hidden_time_on_tpus(tmp_path):
     assert (flying.name, flying.scope) == ("all-to-all-start.2", "backward")
     assert (flying.total_ns, flying.hidden_ns) == (10_000, 6_000)
     assert (blocking.name, blocking.total_ns, blocking.hidden_ns) == ("all_to_all.3", 5_000, 0)
+
+
+def test_figure_of_a_profile(tmp_path):
+    operation = {"hlo_op": "all_to_all.1"}
+    streams = {
+        "Stream #13(Compute)": [("nvjet_tst_128x64", 5, 7, {}), ("loop_fusion", 12, 3, {})],
+        "Stream #20(Compute)": [("ncclDevKernel_SendRecv(void*)", 10, 10, operation)],
+    }
+    write_profile(tmp_path, {"/device:GPU:0": streams})
+    arguments = [f"--profile={tmp_path}", f"--figure={tmp_path / 'f.svg'}", "--window_ms=0.1"]
+    done = subprocess.run(
+        [sys.executable, "-m", "tools.overlap", *arguments],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+    )
+    assert done.returncode == 0, done.stderr
+    last = [line.split() for line in done.stdout.splitlines()[-2:]]
+    assert last == ["all all-to-all 1 0.010 0.005 50.0%".split(), "all 1 0.010 0.005 50.0%".split()]
+    picture = (tmp_path / "f.svg").read_text()
+    assert all(colour in picture for colour in list(overlap_figure.COLOURS.values())[:4])
 
 
 def test_profile_without_devices_is_refused(tmp_path):
