@@ -420,6 +420,7 @@ def gemm(
 
         pl.run_scoped(threads, collective_axes="wg", **scratch)
 
+    kernel.__name__ = "fp8_product"  # in profiles
     options = {} if interpret is None else {"interpret": interpret}
     return plgpu.kernel(
         kernel,

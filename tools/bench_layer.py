@@ -1,26 +1,34 @@
 """One MoE layer at V3's width, forward and backward, in FP8 and in bfloat16 on one GPU.
 
     python -m tools.bench_layer [--part=block] [--experts=32] [--tokens=4096] [--kernels=12]
+        [--peer=compiled,eager]
 
 The layer holds `experts` of V3's 256 routed experts, as one device of an expert-parallel group
 does, and every token goes to 8 of them. Masters and gradients are float32. FP8 weights are
 quantised once a step, so their time stands apart. In bfloat16 the training step casts the masters
-in every micro-batch; 'cast before' is the same layer without those casts.
+in every micro-batch; 'cast before' is the same layer without those casts. The peer is the block of
+the transformers package in a process of its own, weights and gradients in bfloat16.
 """
 
 import dataclasses
+import json
+import tempfile
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from absl import flags
 
 from dsv3_jax import configs
+from dsv3_jax.config import ModelConfig
 from dsv3_jax.errors import UserError, run_main
+from tools.bench_peer import run_process
 
 _PART = flags.DEFINE_enum("part", "block", ["block", "moe"], "attention and MoE, or MoE alone")
 _EXPERTS = flags.DEFINE_integer("experts", 32, "routed experts here", lower_bound=8)
 _TOKENS = flags.DEFINE_integer("tokens", 4096, "of one sequence", lower_bound=1)
 _KERNELS = flags.DEFINE_integer("kernels", 12, "most expensive kernels listed", lower_bound=0)
+_PEER = flags.DEFINE_list("peer", [], "of --part=block: compiled, eager")
 _REMAT = flags.DEFINE_enum("remat", "paper", ["none", "paper"], "what the backward pass recomputes")
 
 VARIANTS = ("fp8", "bfloat16", "bfloat16, cast before")
@@ -45,8 +53,7 @@ def make_layer(variant: str) -> tuple[Callable, Callable, tuple[Any, ...]]:
     from dsv3_jax.precision.fp8_weight import as_fp8, with_masters
     from dsv3_jax.precision.policy import PUBLISHED, is_fp8
 
-    v3 = configs.get("deepseek_v3_671b").model
-    model = dataclasses.replace(v3, num_experts=_EXPERTS.value, num_groups=1, num_groups_kept=1)
+    model = layer_model()
     dtype = jnp.dtype(jnp.bfloat16)
     recipe = PUBLISHED if variant == "fp8" else None
     runtime = Runtime(compute_dtype=dtype, fp8=recipe, remat=_REMAT.value)
@@ -90,6 +97,21 @@ def make_layer(variant: str) -> tuple[Callable, Callable, tuple[Any, ...]]:
     return prepare, passes, init()
 
 
+def layer_model() -> ModelConfig:
+    v3 = configs.get("deepseek_v3_671b").model
+    return dataclasses.replace(v3, num_experts=_EXPERTS.value, num_groups=1, num_groups_kept=1)
+
+
+def measure_peer(peer: str) -> dict:
+    """{'ms': ...} of the peer's block, or {'error': ...}."""
+    spec = {"model": dataclasses.asdict(layer_model()), "length": _TOKENS.value, "steps": 10}
+    spec |= {"layer": True, "compiled": peer == "compiled"}
+    with tempfile.TemporaryDirectory() as folder:
+        spec_path, result_path = Path(folder) / "spec.json", Path(folder) / "result.json"
+        spec_path.write_text(json.dumps(spec))
+        return run_process(["tools.bench_peer", str(spec_path), str(result_path)], result_path)
+
+
 def layer_flops() -> float:
     """Useful FLOPs of both passes: 6 a weight and token, attention at half its square."""
     model = configs.get("deepseek_v3_671b").model
@@ -109,6 +131,10 @@ def layer_flops() -> float:
 def main(argv: list[str]) -> int:
     if len(argv) > 1:
         raise UserError(f"unexpected argument {argv[1]!r}; see --help")
+    if unknown := set(_PEER.value) - {"compiled", "eager"}:
+        raise UserError(f"--peer={','.join(unknown)} is unknown; allowed: compiled, eager")
+    # Before jax takes the GPU's memory.
+    peers = {peer: measure_peer(peer) for peer in _PEER.value}
     import jax
 
     if jax.default_backend() != "gpu":
@@ -136,6 +162,15 @@ def main(argv: list[str]) -> int:
         del prepared, params, rest, operands
     for variant in VARIANTS[1:]:
         print(f"{variant} / fp8: {totals[variant] / totals['fp8']:.2f}")
+    for peer, found in peers.items():
+        if "error" in found:
+            print(f"peer, {peer}: failed: {found['error'][:200]}")
+            continue
+        ratio = 1e3 * found["ms"] / totals["fp8"]
+        print(
+            f"peer, {peer}: {found['ms']:.2f} ms, {found['attention']}; "
+            f"{_TOKENS.value / found['ms'] * 1e3:,.0f} tokens/s; peer / fp8: {ratio:.2f}"
+        )
     return 0
 
 

@@ -1,4 +1,4 @@
-"""The torch side of `bench_pretrain`, and the clock that both sides share.
+"""The torch side of `bench_pretrain` and `bench_layer`, and what both sides share.
 
 Runs in a process without jax: it imports nothing of the package and takes the dimensions as JSON.
 
@@ -7,6 +7,7 @@ Runs in a process without jax: it imports nothing of the package and takes the d
 
 import json
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -17,6 +18,7 @@ import numpy as np
 WARMUP_STEPS = 6
 GROUP = 4  # steps between two synchronisations
 NUM_BATCHES = 4  # distinct batches, used in turn
+SECONDS_A_SYSTEM = 420
 
 
 def time_steps(run: Callable[[int], float], num_steps: int) -> dict:
@@ -53,12 +55,29 @@ def random_tokens(vocab_size: int, sequences: int, length: int) -> np.ndarray:
     return np.random.default_rng(0).integers(vocab_size, size=shape, dtype=np.int32)
 
 
-def build_network(model: dict, length: int, device: str):
-    """The bf16 model of the transformers package: SDPA attention, grouped expert matmuls."""
-    import torch
+def run_process(arguments: list[str], result_path: Path) -> dict:
+    """Runs `python -m ARGUMENTS` and reads its result; a failure becomes {'error': last line}."""
+    try:
+        process = subprocess.run(
+            [sys.executable, "-m", *arguments],
+            capture_output=True,
+            text=True,
+            timeout=SECONDS_A_SYSTEM,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        return {"error": f"no result within {SECONDS_A_SYSTEM} s"}
+    if process.returncode or not result_path.exists():
+        sys.stderr.write(process.stderr[-4000:])
+        return {"error": (process.stderr.strip().splitlines() or ["no message"])[-1]}
+    return json.loads(result_path.read_text())
+
+
+def network_config(model: dict, length: int):
+    """Fields of a ModelConfig as the transformers package names them."""
     import transformers
 
-    config = transformers.DeepseekV3Config(
+    return transformers.DeepseekV3Config(
         vocab_size=model["vocab_size"],
         hidden_size=model["width"],
         intermediate_size=model["dense_ffn_width"],
@@ -82,6 +101,14 @@ def build_network(model: dict, length: int, device: str):
         max_position_embeddings=length,
         rope_parameters={"rope_type": "default", "rope_theta": model["rope_theta"]},
     )
+
+
+def build_network(model: dict, length: int, device: str):
+    """The bf16 model of the transformers package: SDPA attention, grouped expert matmuls."""
+    import torch
+    import transformers
+
+    config = network_config(model, length)
     with torch.device(device):
         network = transformers.AutoModelForCausalLM.from_config(
             config, dtype=torch.bfloat16, attn_implementation="sdpa"
@@ -137,6 +164,46 @@ def measure(spec: dict) -> dict:
     }
 
 
+def measure_layer(spec: dict) -> dict:
+    """Median milliseconds of the first MoE layer, forward and backward, by the device's clock.
+
+    `spec` holds `model`, `length`, `steps` and `compiled`.
+    """
+    import torch
+
+    model = spec["model"] | {"num_layers": 1, "num_dense_layers": 0, "vocab_size": 128}
+    network = build_network(model, spec["length"], "cuda").model
+    layer, shape = network.layers[0].train(), (1, spec["length"], model["width"])
+    x, dy = (torch.randn(shape, dtype=torch.bfloat16, device="cuda") for _ in range(2))
+    positions = network.rotary_emb(x, torch.arange(spec["length"], device="cuda")[None])
+    forward = torch.compile(layer) if spec["compiled"] else layer
+    weights = list(layer.parameters())
+
+    def run() -> None:
+        x.requires_grad_(True)
+        y = forward(x, position_embeddings=positions, attention_mask=None)
+        torch.autograd.grad(
+            y[0] if isinstance(y, tuple) else y, [x, *weights], dy, allow_unused=True
+        )
+
+    for _ in range(3):
+        run()
+    times = []
+    for _ in range(spec["steps"]):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        run()
+        end.record()
+        torch.cuda.synchronize()
+        times.append(start.elapsed_time(end))
+    return {
+        "ms": statistics.median(times),
+        "attention": layer.self_attn.config._attn_implementation,
+    }
+
+
 if __name__ == "__main__":
     spec_path, result_path = sys.argv[1:]
-    Path(result_path).write_text(json.dumps(measure(json.loads(Path(spec_path).read_text()))))
+    spec = json.loads(Path(spec_path).read_text())
+    measured = measure_layer(spec) if spec.get("layer") else measure(spec)
+    Path(result_path).write_text(json.dumps(measured))

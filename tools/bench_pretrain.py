@@ -11,7 +11,6 @@ transformers.
 
 import dataclasses
 import json
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -23,7 +22,7 @@ from dsv3_jax.config import Config
 from dsv3_jax.errors import UserError, run_main
 from dsv3_jax.plan.flops import flops_per_token
 from dsv3_jax.plan.parameters import count_parameters
-from tools.bench_peer import NUM_BATCHES, random_tokens, time_steps
+from tools.bench_peer import NUM_BATCHES, random_tokens, run_process, time_steps
 
 _CONFIG = flags.DEFINE_string("config", "small", "run whose model and batch are measured")
 _PEER = flags.DEFINE_list("peer", ["compiled", "eager"], "peers: compiled, eager; none for neither")
@@ -32,8 +31,6 @@ _JSON = flags.DEFINE_string("json", None, "file that receives the results")
 _PROFILE_DIR = flags.DEFINE_string("profile_dir", None, "folder for one profile a system")
 _PEAK = flags.DEFINE_float("peak_tflops", 989.0, "bf16 peak of the device: the MFU's denominator")
 _OURS = flags.DEFINE_string("measure_ours", None, "internal: measure ours here, write this file")
-
-SECONDS_A_SYSTEM = 420
 
 
 def measured_config(name: str) -> Config:
@@ -85,24 +82,6 @@ def measure_ours(config: Config) -> dict:
         "parameters": sum(leaf.size for leaf in jax.tree.leaves(state.params)),
         "versions": {"jax": jax.__version__, "python": sys.version.split()[0]},
     }
-
-
-def run_process(arguments: list[str], result_path: Path) -> dict:
-    """Runs `python -m ARGUMENTS` and reads its result; a failure becomes {'error': last line}."""
-    try:
-        process = subprocess.run(
-            [sys.executable, "-m", *arguments],
-            capture_output=True,
-            text=True,
-            timeout=SECONDS_A_SYSTEM,
-            check=False,
-        )
-    except subprocess.TimeoutExpired:
-        return {"error": f"no result within {SECONDS_A_SYSTEM} s"}
-    if process.returncode or not result_path.exists():
-        sys.stderr.write(process.stderr[-4000:])
-        return {"error": (process.stderr.strip().splitlines() or ["no message"])[-1]}
-    return json.loads(result_path.read_text())
 
 
 def run_ours(folder: Path) -> dict:

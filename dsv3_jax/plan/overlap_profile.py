@@ -112,6 +112,11 @@ def collective_times(devices: Sequence[Sequence[Event]]) -> list[CollectiveTime]
     return sorted(times, key=lambda time: -time.total_ns)
 
 
+def busy_ns(events: Sequence[Event]) -> float:
+    """Time in which a device did anything at all."""
+    return float(np.diff(_union([(e.start, e.end) for e in events])).sum())
+
+
 def _device_events(plane) -> list[Event]:
     if plane.name.startswith("/device:GPU:"):
         # Other lines repeat the kernels, summed up by module, operation and step.

@@ -130,6 +130,7 @@ def wait_for_rest(barrier, arrivals, slots):
 
 
 def launch(
+    name: str,
     body_move: Callable,
     body_compute: Callable,
     scratch: dict,
@@ -140,6 +141,7 @@ def launch(
 ) -> list[jax.Array]:
     """Runs `num_programs` (axis "program"): a warp does `body_move`, warpgroups `body_compute`.
 
+    Profiles show the kernel under `name`.
     They take (operands, memory) and (operands, outputs, memory): references, and those of `scratch`
     by name.
     """
@@ -168,6 +170,7 @@ def launch(
 
         pl.run_scoped(threads, collective_axes="wg", **scratch)
 
+    kernel.__name__ = name
     options = {} if interpret is None else {"interpret": interpret}
     return plgpu.kernel(
         kernel,

@@ -204,7 +204,18 @@ def query_gradients(
     out_types = tuple(
         jax.ShapeDtypeStruct(x.shape, jnp.bfloat16) for x in (q_nope_BTNP, q_rope_BTNR)
     )
-    return tuple(common.launch(move, compute, scratch, operands, out_types, order.count, interpret))
+    return tuple(
+        common.launch(
+            "mla_query_gradients",
+            move,
+            compute,
+            scratch,
+            operands,
+            out_types,
+            order.count,
+            interpret,
+        )
+    )
 
 
 def key_gradients(
@@ -404,4 +415,8 @@ def key_gradients(
     out_types = tuple(
         jax.ShapeDtypeStruct(x.shape, jnp.bfloat16) for x in (k_nope_BTNP, q_rope_BTNR, v_BTNH)
     )
-    return tuple(common.launch(move, compute, scratch, operands, out_types, order.count, interpret))
+    return tuple(
+        common.launch(
+            "mla_key_gradients", move, compute, scratch, operands, out_types, order.count, interpret
+        )
+    )

@@ -207,6 +207,6 @@ def forward(
         jax.ShapeDtypeStruct((B, N, T), jnp.float32),
     )
     o_BTNH, lse_BNT = common.launch(
-        move, compute, scratch, operands, out_types, common.SMS, interpret
+        "mla_forward", move, compute, scratch, operands, out_types, common.SMS, interpret
     )
     return o_BTNH, lse_BNT
