@@ -4,6 +4,8 @@ A weight is one line: shape, logical axes, init. `parallel/rules.py` turns logic
 axes; a module stacked for `lax.scan` has a leading `layer` dim that the names leave out.
 """
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -63,9 +65,15 @@ class RMSNorm(nnx.Module):
         self.epsilon = epsilon
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        x32 = x.astype(jnp.float32)
-        inverse_rms = jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.epsilon)
-        return (x32 * inverse_rms * self.gain[...]).astype(x.dtype)
+        return _rms_norm(x, self.gain[...], self.epsilon)
+
+
+# What lies between, in float32, would be twice the input's bytes and more; it is made again.
+@partial(jax.checkpoint, prevent_cse=False, static_argnums=2)
+def _rms_norm(x: jax.Array, gain: jax.Array, epsilon: float) -> jax.Array:
+    x32 = x.astype(jnp.float32)
+    inverse_rms = jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + epsilon)
+    return (x32 * inverse_rms * gain).astype(x.dtype)
 
 
 class Embedding(nnx.Module):

@@ -24,6 +24,8 @@ from dsv3_jax.precision.fp8_weight import as_fp8
 from pallas_kernels.quantize.reference import gated
 
 
+# Its inputs are kept alone: five float32 arrays lie between them and the product.
+@partial(jax.checkpoint, prevent_cse=False)
 def gated_silu(h_2F: jax.Array, weight_1: jax.Array | None = None) -> jax.Array:
     """silu(gate) * up [* weight], float32 inside: [..., 2F] -> [..., F] in h's dtype (spec §1)."""
     gate_F, up_F = jnp.split(h_2F.astype(jnp.float32), 2, axis=-1)
