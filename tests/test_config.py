@@ -130,6 +130,7 @@ def test_overrides_apply_in_order_and_leave_the_rest():
         ("parallel.context=0", ["parallel.context=0", "out of range"]),
         ("parallel.context=two", ["an integer"]),
         ("parallel.context=3", ["data.sequence_length=128", "2*parallel.context=6", "=126"]),
+        ("run.scan_layers=no", ["true or false"]),
         ("parallel.max_deferred=0", ["no effect with parallel.pipe=1", "leave it out"]),
         (
             "data.sequences_per_step=20",

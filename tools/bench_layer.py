@@ -1,7 +1,7 @@
 """One MoE layer at V3's width, forward and backward, in FP8 and in bfloat16 on one GPU.
 
     python -m tools.bench_layer [--part=block] [--experts=32] [--tokens=4096] [--kernels=12]
-        [--peer=compiled,eager]
+        [--peer=compiled,eager] [--cast_before=false]
 
 The layer holds `experts` of V3's 256 routed experts, as one device of an expert-parallel group
 does, and every token goes to 8 of them. Masters and gradients are float32. FP8 weights are
@@ -29,6 +29,7 @@ _EXPERTS = flags.DEFINE_integer("experts", 32, "routed experts here", lower_boun
 _TOKENS = flags.DEFINE_integer("tokens", 4096, "of one sequence", lower_bound=1)
 _KERNELS = flags.DEFINE_integer("kernels", 12, "most expensive kernels listed", lower_bound=0)
 _PEER = flags.DEFINE_list("peer", [], "of --part=block: compiled, eager")
+_CAST_BEFORE = flags.DEFINE_bool("cast_before", True, "time that variant too")
 _REMAT = flags.DEFINE_enum("remat", "paper", ["none", "paper"], "what the backward pass recomputes")
 
 VARIANTS = ("fp8", "bfloat16", "bfloat16, cast before")
@@ -144,7 +145,8 @@ def main(argv: list[str]) -> int:
     print(f"{jax.devices()[0].device_kind}, {_PART.value}, {_TOKENS.value} tokens, "
           f"{_EXPERTS.value} experts, remat {_REMAT.value}")  # fmt: skip
     totals = {}
-    for variant in VARIANTS:
+    variants = VARIANTS if _CAST_BEFORE.value else VARIANTS[:2]
+    for variant in variants:
         prepare, passes, operands = make_layer(variant)
         params, *rest = operands
         prepare = jax.jit(prepare)
@@ -160,7 +162,7 @@ def main(argv: list[str]) -> int:
         for name, time in sorted(times.items(), key=lambda item: -item[1])[: _KERNELS.value]:
             print(f"    {time:9.1f} us  {name[:90]}")
         del prepared, params, rest, operands
-    for variant in VARIANTS[1:]:
+    for variant in variants[1:]:
         print(f"{variant} / fp8: {totals[variant] / totals['fp8']:.2f}")
     for peer, found in peers.items():
         if "error" in found:

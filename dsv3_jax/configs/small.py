@@ -18,7 +18,13 @@ def small() -> Config:
     Command: python -m experiments.pretrain --config=small --workdir=runs/small
     """
     return Config(
-        run=RunConfig(name="small", num_steps=3000, eval_interval=500, log_interval=20),
+        run=RunConfig(
+            name="small",
+            num_steps=3000,
+            eval_interval=500,
+            log_interval=20,
+            scan_layers=False,  # few and small layers
+        ),
         model=ModelConfig(
             vocab_size=32768,
             width=1024,

@@ -23,6 +23,7 @@ class Runtime:
     compute_dtype: jnp.dtype = jnp.dtype(jnp.float32)  # activations, and operands not in FP8
     fp8: Fp8Recipe | None = None  # how the Linears of `policy.LINEARS` multiply; None: as the rest
     remat: str = "none"  # 'none', 'paper' (spec §5.5), 'full'
+    scan_layers: bool = True  # one program for layers of a kind; False: each compiled on its own
     attention: str | None = None  # None: the best for the shapes; 'hopper', 'cudnn', 'blockwise'
     grouped_matmul: str | None = None  # None: by platform; see `parallel/grouped_matmul.py`
     dispatch: str = "padded"  # 'padded', 'ragged', 'hierarchical'
@@ -63,6 +64,7 @@ class Runtime:
             compute_dtype=jnp.dtype(config.precision.activations),
             fp8=fp8_recipe(config.precision),
             remat=config.precision.remat,
+            scan_layers=config.run.scan_layers,
             dispatch=config.parallel.dispatch,
             buffer_factor=config.parallel.buffer_factor,
             devices_per_node=config.parallel.devices_per_node,

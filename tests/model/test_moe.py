@@ -13,6 +13,7 @@ from flax import nnx
 from moe_reference import choices, relative_error, routed_experts
 
 from dsv3_jax.configs.tiny import tiny
+from dsv3_jax.model.layers import RMSNorm
 from dsv3_jax.model.moe import FeedForward, MoE, gated_silu, routed_ffn
 from dsv3_jax.model.router import RouterBias
 from dsv3_jax.model.runtime import Runtime
@@ -174,3 +175,15 @@ def test_kept_names_spare_the_sort_and_the_choice():
         assert count[0] == count[2] < count[1]
     results = (t.lower().compile()(params, u_BTD) for t in (plain, sparing))
     jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5), *results)
+
+
+def test_products_of_swiglu_and_norms_keep_no_float32():
+    """What lies between bfloat16 arrays is made again in the backward pass."""
+    norm, h_X2F = RMSNorm(64, 1e-6), jax.random.normal(jax.random.key(0), (32, 64), jnp.bfloat16)
+
+    def kept(function):
+        _, pull = jax.vjp(function, h_X2F)
+        return [(x.dtype, x.size) for x in jax.tree.leaves(pull) if jnp.size(x) >= 32 * 8]
+
+    for function in (gated_silu, norm):
+        assert kept(function) == [(jnp.bfloat16, 32 * 64)]

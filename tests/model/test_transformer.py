@@ -193,6 +193,25 @@ def test_scan_runs_the_blocks_in_order_and_logits_are_the_head_of_the_final_norm
     np.testing.assert_allclose(logits, main @ head, atol=1e-5)
 
 
+@pytest.mark.parametrize("remat", ["none", "paper"])
+def test_layers_compiled_one_by_one_are_the_same(remat):
+    tokens_BT = random_tokens()
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def both(graphdef, state):
+        def of(state):
+            hidden_BTD, mtp, _ = nnx.merge(graphdef, state).hidden_states(tokens_BT)
+            return sum(jnp.sum(h * h) for h in (hidden_BTD, *mtp))
+
+        return jax.value_and_grad(of)(state)
+
+    found = [
+        both(*nnx.split(make_model(scan_layers=scan_layers, remat=remat)))
+        for scan_layers in (True, False)
+    ]
+    chex.assert_trees_all_close(*found, rtol=2e-5, atol=2e-5)
+
+
 def test_a_packed_document_sees_itself_alone():
     graphdef, state = nnx.split(make_model())
     tokens = random_tokens(3)
