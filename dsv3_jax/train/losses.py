@@ -11,6 +11,7 @@ from jax.sharding import PartitionSpec as P
 
 from dsv3_jax.config import BalanceConfig
 from dsv3_jax.parallel.context import token_axes, token_spec
+from pallas_kernels.cross_entropy import cross_entropy_rows
 
 LOGITS_BUDGET = 2**27  # float32 logits held at once by a device: 512 MiB
 
@@ -69,19 +70,17 @@ def _chunks(compute_dtype, budget, hidden_BTD, head_DV, targets_BT, weights_BT):
     return head_DV.astype(compute_dtype), chunked
 
 
-def _chunk_loss(head_DV, hidden_XD, targets_X, weights_X):
-    logits_XV = jnp.einsum("XD,DV->XV", hidden_XD, head_DV, preferred_element_type=jnp.float32)
-    log_sum_X = jax.nn.logsumexp(logits_XV, axis=-1)
-    target_X = jnp.take_along_axis(logits_XV, targets_X[:, None], axis=-1)[:, 0]
-    return logits_XV, log_sum_X, jnp.sum((log_sum_X - target_X) * weights_X)
-
-
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _sum_of_losses(compute_dtype, budget, hidden_BTD, head_DV, targets_BT, weights_BT):
     head, chunks = _chunks(compute_dtype, budget, hidden_BTD, head_DV, targets_BT, weights_BT)
 
     def add(total, chunk):
-        return total + _chunk_loss(head, *chunk)[-1], None
+        hidden_XD, targets_X, weights_X = chunk
+        logits_XV = jnp.einsum("XD,DV->XV", hidden_XD, head, preferred_element_type=jnp.float32)
+        loss_X, _ = cross_entropy_rows(
+            logits_XV, targets_X, weights_X, compute_dtype, implementation="reference"
+        )
+        return total + loss_X.sum(), None
 
     return jax.lax.scan(add, jnp.zeros((), jnp.float32), chunks)[0]
 
@@ -93,15 +92,13 @@ def _forward(compute_dtype, budget, hidden_BTD, head_DV, targets_BT, weights_BT)
     def add(carry, chunk):
         total, d_head_DV = carry
         hidden_XD, targets_X, weights_X = chunk
-        logits_XV, log_sum_X, loss = _chunk_loss(head, *chunk)
-        probability_XV = jnp.exp(logits_XV - log_sum_X[:, None])
-        is_target_XV = jnp.arange(logits_XV.shape[1]) == targets_X[:, None]
-        d_logits_XV = ((probability_XV - is_target_XV) * weights_X[:, None]).astype(compute_dtype)
+        logits_XV = jnp.einsum("XD,DV->XV", hidden_XD, head, preferred_element_type=jnp.float32)
+        loss_X, d_logits_XV = cross_entropy_rows(logits_XV, targets_X, weights_X, compute_dtype)
         d_hidden_XD = jnp.einsum("XV,DV->XD", d_logits_XV, head, preferred_element_type=jnp.float32)
         d_head_DV += jnp.einsum(
             "XD,XV->DV", hidden_XD, d_logits_XV, preferred_element_type=jnp.float32
         )
-        return (total + loss, d_head_DV), d_hidden_XD.astype(hidden_BTD.dtype)
+        return (total + loss_X.sum(), d_head_DV), d_hidden_XD.astype(hidden_BTD.dtype)
 
     start = (jnp.zeros((), jnp.float32), jnp.zeros(head_DV.shape, jnp.float32))
     (total, d_head_DV), d_hidden = jax.lax.scan(add, start, chunks)
