@@ -22,6 +22,7 @@ from dsv3_jax.config import Config
 from dsv3_jax.errors import UserError, run_main
 from dsv3_jax.plan.flops import flops_per_token
 from dsv3_jax.plan.parameters import count_parameters
+from pallas_kernels import regression
 from tools.bench_peer import NUM_BATCHES, random_tokens, run_process, time_steps
 
 _CONFIG = flags.DEFINE_string("config", "small", "run whose model and batch are measured")
@@ -164,7 +165,18 @@ def main(argv: list[str]) -> int | None:
     if _JSON.value:
         report = {"config": dataclasses.asdict(config), "results": results}
         Path(_JSON.value).write_text(json.dumps(report, indent=1))
-    return 1 if any("error" in result for result in results.values()) else None
+    if any("error" in result for result in results.values()):
+        return 1
+    ours = results["ours"]
+    kept = [
+        regression.holds(
+            ours["device"],
+            f"{_CONFIG.value} without MTP: peer {peer} / ours",
+            results[peer]["ms_a_step"] / ours["ms_a_step"],
+        )
+        for peer in peers
+    ]
+    return int(not all(kept))
 
 
 if __name__ == "__main__":
