@@ -35,6 +35,7 @@ _TOKENS = flags.DEFINE_integer("tokens", 4096, "of a device, or of a micro-batch
 _WIDTH = flags.DEFINE_integer("width", 7168, "of dispatched rows", lower_bound=8)
 _EXPERTS = flags.DEFINE_integer("experts", 8, "a layer of the slice; 4 a token", lower_bound=4)
 _MICROBATCHES = flags.DEFINE_integer("microbatches", 8, "of a step of the slice", lower_bound=4)
+_REMAT = flags.DEFINE_enum("remat", "full", ["none", "paper", "full"], "what a slice recomputes")
 _STEPS = flags.DEFINE_integer("steps", 4, "timed", lower_bound=1)
 _SLICE = flags.DEFINE_string("slice", "deepseek_v3_671b", "run whose layers the slice has")
 _PIPES = flags.DEFINE_list("pipes", ["2"], "pipeline ranks of 'equality' and 'schedules'")
@@ -181,8 +182,9 @@ def with_fields(config: Config, section: str, **fields: Any) -> Config:
 def small_config(**parallel: Any) -> Config:
     """`tiny` with random weights of a size that gradients feel, in float32."""
     config = configs.get("tiny")
+    layers = 1 + 2 * max(map(int, _PIPES.value))  # a MoE layer for every stage of `dualpipev`
     model = dataclasses.replace(
-        config.model, vocab_size=256, width=64, num_layers=5, num_dense_layers=1, init_std=0.1
+        config.model, vocab_size=256, width=64, num_layers=layers, num_dense_layers=1, init_std=0.1
     )
     config = dataclasses.replace(config, model=model)
     fields = {"data": 1, "expert": 1, "pipe": 1} | parallel
@@ -260,7 +262,7 @@ def slice_config(**parallel: Any) -> Config:
     config = dataclasses.replace(config, model=model)
     fields = {"data": 1, "expert": 1, "pipe": 1, "dispatch": "padded", "max_deferred": None}
     config = with_fields(config, "parallel", **(fields | {"buffer_factor": 2.0} | parallel))
-    return with_fields(config, "precision", compute="bfloat16", remat="full")
+    return with_fields(config, "precision", compute="bfloat16", remat=_REMAT.value)
 
 
 def step_seconds(config: Config, profile: str | None = None) -> dict:
