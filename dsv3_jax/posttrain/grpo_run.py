@@ -76,6 +76,16 @@ def check_config(config: Config) -> None:
         raise UserError(
             f"optim.ema_decay={config.optim.ema_decay} has no effect on GRPO; leave it out"
         )
+    # Saves fall between rounds, so that many steps after the one before.
+    between = -(-config.checkpoint.interval_steps // grpo.updates_per_rollout)
+    between *= grpo.updates_per_rollout
+    lost = config.checkpoint.max_lost_steps
+    if lost is not None and lost < between:
+        raise UserError(
+            f"checkpoint.max_lost_steps={lost} is less than the {between} steps between two saves "
+            f"(checkpoint.interval_steps={config.checkpoint.interval_steps} in whole rounds of "
+            f"grpo.updates_per_rollout={grpo.updates_per_rollout}); raise it"
+        )
     if grpo.group_size < 2:
         raise UserError(f"grpo.group_size={grpo.group_size} compares nothing; use 2 or more")
     if grpo.max_answer_tokens > data.sequence_length - 1:
@@ -116,7 +126,6 @@ def train(config: Config, workdir: Path, task: Task) -> int:
         keep=config.checkpoint.keep,
         config_digest=hashlib.sha256(json.dumps(to_dict(config)).encode()).hexdigest(),
     )
-    saver = Saver(manager, config.checkpoint.on_save_error, reporter.say)
     graphdef, state, reference, position = _restore_or_init(config, mesh, manager)
     train_step = make_train_step(
         config,
@@ -128,6 +137,7 @@ def train(config: Config, workdir: Path, task: Task) -> int:
     step, num_steps = int(state.step), config.run.num_steps
     num_problems = config.data.sequences_per_step * grpo.updates_per_rollout // grpo.group_size
     first_step, saved_step = step, step
+    saver = Saver(manager, config.checkpoint, step, reporter.say)
     reporter.say(f"{'workdir':<12} {workdir}{f', continuing at step {step}' if step else ''}")
     reporter.start(first_step, num_steps)
     guard = Guard(workdir, SpikeWindow(config.guard), leaf_names(state.params))
@@ -194,6 +204,10 @@ def train(config: Config, workdir: Path, task: Task) -> int:
                 with log.paused():
                     save(saver.save)
                 saved_step = step
+            ahead = min(grpo.updates_per_rollout, num_steps - step)
+            if ahead and saver.must_wait(step, ahead):
+                with log.paused():
+                    saver.wait(step, lambda: save(saver.save), ahead)
         if step > first_step:
             if step == num_steps:
                 log.flush(extra=statistics | evaluate())

@@ -2,6 +2,10 @@
 
 A save fails in the background, while steps go on, so what is tried again is the state of the next
 step boundary and not the old one: nothing has to be kept for it.
+
+A kill costs the steps since the last complete checkpoint. A save that starts every I steps and must
+be complete before the next one starts leaves up to 2 I of them; `checkpoint.max_lost_steps` = I + D
+gives a save D steps' time, after which training waits for it. D = 0 waits for every save.
 """
 
 import time
@@ -13,6 +17,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from dsv3_jax.checkpoint.manager import CheckpointManager
+from dsv3_jax.config import CheckpointConfig
 from dsv3_jax.errors import UserError
 
 PAUSES = (1.0, 4.0, 10.0)  # seconds before each further try; together less than a grace period
@@ -28,9 +33,17 @@ class Saver:
       failures: saves of this process's run that failed, further tries included.
     """
 
-    def __init__(self, manager: CheckpointManager, on_error: str, say: Callable[[str], None]):
-        """`on_error`: 'stop' raises after the last try, 'continue' waits for the next interval."""
-        self._manager, self._stops, self._say = manager, on_error == "stop", say
+    def __init__(
+        self,
+        manager: CheckpointManager,
+        config: CheckpointConfig,
+        first_step: int,
+        say: Callable[[str], None],
+    ):
+        """`first_step` is the step of the checkpoint that the run goes on from, or 0."""
+        self._manager, self._stops = manager, config.on_save_error == "stop"
+        self._say, self._max_lost = say, config.max_lost_steps
+        self._complete, self._under_way = first_step, None  # steps of saves
         self._tries, self._again_at = 0, None
         self._single = jax.process_count() == 1
         self.failures = 0
@@ -56,10 +69,28 @@ class Saver:
         self._again_at = None
         try:
             self._manager.save(step, state, extra)
+            self._under_way = step
         except UserError as error:
             if not self._single:
                 raise  # the others wait for this process, and end when it does
             self._failed(error)
+
+    def must_wait(self, step: int, ahead: int = 1) -> bool:
+        """Whether a kill after `ahead` steps more could cost more than `max_lost_steps`."""
+        return self._max_lost is not None and step + ahead - self._complete > self._max_lost
+
+    def wait(self, step: int, save: Callable[[], None], ahead: int = 1) -> None:
+        """Returns when `must_wait` no longer holds; tries a failed save again with `save()`.
+
+        With `on_save_error` 'continue' it returns too when every try has failed. Raises as `due`.
+        """
+        while self.must_wait(step, ahead):
+            self._collect()
+            if self._again_at is not None:
+                time.sleep(max(0.0, self._again_at - time.monotonic()))
+                save()
+            elif self._under_way is None:
+                return
 
     def finish(self, step: int, state: Any, extra: dict[str, Any]) -> None:
         """Saves and returns when the checkpoint is complete.
@@ -92,10 +123,11 @@ class Saver:
                     f"process {int(np.argmax(failed))} could not save its part of a checkpoint; "
                     f"see its output"
                 )
+        saved, self._under_way = self._under_way, None
         if error is not None:
             self._failed(error)
-        elif self._again_at is None:
-            self._tries = 0
+        elif saved is not None:
+            self._complete, self._tries = saved, 0
 
     def _failed(self, error: UserError) -> None:
         self.failures += 1
@@ -103,7 +135,7 @@ class Saver:
             pause = PAUSES[self._tries]
             self._tries += 1
             self._again_at = time.monotonic() + pause
-            when = f"in {pause:g} s" if self._single else "at the next interval"
+            when = f"in {pause:g} s" if self._single else "with the next save"
             self._say(f"{error}; trying again {when}")
         elif self._stops:
             raise error
