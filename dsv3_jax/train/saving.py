@@ -13,8 +13,6 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import numpy as np
-from jax.experimental import multihost_utils
 
 from dsv3_jax.checkpoint.manager import CheckpointManager
 from dsv3_jax.config import CheckpointConfig
@@ -26,8 +24,8 @@ PAUSES = (1.0, 4.0, 10.0)  # seconds before each further try; together less than
 class Saver:
     """Saves through a `CheckpointManager`, with further tries after a failure.
 
-    With several processes one may fail alone, so they agree at the interval's saves, which are the
-    further tries too. A single process tries again when the pause is over.
+    A single process tries again when the pause is over. Several have no clock in common: their
+    further tries are the interval's saves, or where training waits for one.
 
     Attributes:
       failures: saves of this process's run that failed, further tries included.
@@ -71,8 +69,6 @@ class Saver:
             self._manager.save(step, state, extra)
             self._under_way = step
         except UserError as error:
-            if not self._single:
-                raise  # the others wait for this process, and end when it does
             self._failed(error)
 
     def must_wait(self, step: int, ahead: int = 1) -> bool:
@@ -104,30 +100,21 @@ class Saver:
                 return
             except UserError as error:
                 self.failures += 1
-                if pause is None or not self._single:
+                if pause is None:
                     raise
                 self._say(f"{error}; trying again in {pause:g} s")
                 time.sleep(pause)
 
     def _collect(self) -> None:
         """Waits for the save under way and takes its error."""
-        error = None
+        saved, self._under_way = self._under_way, None
         try:
             self._manager.wait()
-        except UserError as own:
-            error = own
-        if not self._single:
-            failed = multihost_utils.process_allgather(np.int32(error is not None))
-            if failed.any() and error is None:
-                error = UserError(
-                    f"process {int(np.argmax(failed))} could not save its part of a checkpoint; "
-                    f"see its output"
-                )
-        saved, self._under_way = self._under_way, None
-        if error is not None:
+        except UserError as error:
             self._failed(error)
-        elif saved is not None:
-            self._complete, self._tries = saved, 0
+        else:
+            if saved is not None:
+                self._complete, self._tries = saved, 0
 
     def _failed(self, error: UserError) -> None:
         self.failures += 1
