@@ -18,9 +18,8 @@ import jax
 import orbax.checkpoint as ocp
 
 from dsv3_jax import faults
-from dsv3_jax.checkpoint import manifest
+from dsv3_jax.checkpoint import agreement, manifest
 from dsv3_jax.checkpoint.hashing import named_leaves
-from dsv3_jax.checkpoint.meeting import Meeting
 from dsv3_jax.checkpoint.reader import manifest_arrays, open_checkpoint, steps_in
 from dsv3_jax.errors import UserError
 
@@ -63,7 +62,7 @@ class CheckpointManager:
                 create_directories_asynchronously=False, barrier_sync_fn=self._barrier
             ),
         )
-        self._meeting, self._step = Meeting(), 0  # of the save under way
+        self._step = 0  # of the save under way
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
         self.rejected: tuple[tuple[int, str], ...] = ()  # (step, reason) of the last restore
@@ -95,7 +94,7 @@ class CheckpointManager:
         """
         assert step >= 0, step
         self.wait()
-        self._meeting, self._step = Meeting(), step
+        self._step = step
         named = named_leaves(state)
         body = {
             "step": step,
@@ -103,14 +102,14 @@ class CheckpointManager:
             "extra": json.loads(json.dumps(extra, allow_nan=False)),
             **manifest_arrays(named),
         }
-        error = None
         try:
             if jax.process_index() == 0:
                 self._check_space(step, named)
         except OSError as caught:
-            error = caught
-        if error := self._agreed(step, error):
-            raise error
+            error = self._save_error(step, caught)
+            agreement.hear(str(error))
+            raise error from None
+        agreement.hear()
         try:
             self._checkpointer.save(
                 self._pending(step), args=ocp.args.PyTreeSave(named), force=True
@@ -196,29 +195,24 @@ class CheckpointManager:
     def _barrier(self, *, key: str, timeout_ms: int) -> None:
         """Orbax waits here for the other processes, in its thread."""
         faults.reach("after_write", self._step)
-        self._meeting.barrier(timeout_ms)
+        agreement.hear()
 
     def _finish(self, step: int, body: dict[str, Any]) -> None:
         try:
-            error = None
-            try:
-                self._checkpointer.wait_until_finished()  # this process has written its part
-            except Exception as caught:
-                error = caught
-            self._meeting.pass_barriers()
-            error = self._agreed(step, error)
+            self._checkpointer.wait_until_finished()  # every process has written its part
             if jax.process_index() == 0:
-                try:
-                    if error is None:
-                        self._commit(step, body)
-                except Exception as caught:
-                    error = caught
-                if error is not None:
-                    for path in self._directory.glob(f"pending.{step}*"):
-                        shutil.rmtree(path, ignore_errors=True)
-            self._error = self._agreed(step, error)
+                self._commit(step, body)
+            agreement.hear()
+        except agreement.OtherProcessError as error:
+            self._error = error
         except Exception as error:
             self._error = error
+            if isinstance(error, OSError | ValueError):  # how Orbax's writer reports a full disk
+                self._error = self._save_error(step, error)
+            agreement.hear(str(self._error) or repr(error))
+        if self._error and jax.process_index() == 0:  # nobody writes any more
+            for path in self._directory.glob(f"pending.{step}*"):
+                shutil.rmtree(path, ignore_errors=True)
 
     def _commit(self, step: int, body: dict[str, Any]) -> None:
         faults.reach("before_manifest", step)
@@ -227,16 +221,6 @@ class CheckpointManager:
         self._publish(step)
         faults.reach("after_commit", step)
         self._delete_old(step)
-
-    def _agreed(self, step: int, own: Exception | None) -> Exception | None:
-        """This process's error, or one that another had. Every process asks."""
-        # A ValueError is how Orbax's writer reports a full disk.
-        if isinstance(own, OSError | ValueError) and not isinstance(own, UserError):
-            own = self._save_error(step, own)
-        errors = self._meeting.errors("" if own is None else str(own) or repr(own))
-        if own is None and errors:
-            return UserError(f"process {errors[0][0]}: {errors[0][1]}")
-        return own
 
     def _publish(self, step: int) -> None:
         final = self._directory / str(step)
