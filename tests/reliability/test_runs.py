@@ -114,19 +114,25 @@ def test_sigterm_is_a_saved_checkpoint_and_75_within_25_seconds(undisturbed, tmp
     assert losses(workdir) == undisturbed
 
 
-@pytest.mark.parametrize("process, point", [(0, "before_manifest"), (1, "after_write")])
+@pytest.mark.parametrize(
+    "process, point, max_lost, saved",
+    [
+        (0, "before_manifest", "none", [2, 6, 8, 10]),
+        (1, "after_write", "none", [2, 6, 8, 10]),
+        (1, "after_write", "3", [2, 5, 6, 8, 10]),  # a further try before step 6 could be lost
+    ],
+)
 def test_a_save_that_one_of_two_processes_fails_is_made_up_for(
-    process, point, undisturbed_two, tmp_path
+    process, point, max_lost, saved, undisturbed_two, tmp_path
 ):
     workdir, faults = tmp_path / "run", ["", ""]
     faults[process] = f"{point}@4=raise"
-    processes = start_two(
-        workdir, "checkpoint.on_save_error=continue", "checkpoint.keep=9", faults=tuple(faults)
-    )
+    changes = "checkpoint.on_save_error=continue", f"checkpoint.max_lost_steps={max_lost}"
+    processes = start_two(workdir, "checkpoint.keep=9", *changes, faults=tuple(faults))
     outputs = [process.communicate(timeout=300)[0] for process in processes]
     assert [process.returncode for process in processes] == [0, 0], outputs
     assert losses(workdir) == undisturbed_two
-    assert steps_in(workdir / "checkpoints") == [2, 6, 8, 10]
+    assert steps_in(workdir / "checkpoints") == saved
     assert "Traceback" not in "".join(outputs)
     assert "saving checkpoint 4 in" in outputs[0] and f"fault at {point}" in outputs[0]
     assert ("process 1: saving" in outputs[0]) == (process == 1)  # process 0 speaks for all
