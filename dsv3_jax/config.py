@@ -226,7 +226,10 @@ class DistillConfig:
 class CheckpointConfig:
     """Saving and keeping checkpoints under WORKDIR/checkpoints."""
 
-    interval_steps: int = 1000
+    interval_steps: int = 1000  # between the starts of two saves, which run beside the steps
+    # Most steps a kill may cost: training waits for a save before it gets further beyond the last
+    # complete one. None: two intervals, and no wait unless a save takes a whole one.
+    max_lost_steps: int | None = None
     keep: int = 3  # newest checkpoints kept
     on_save_error: str = "stop"  # after further tries: 'stop', or 'continue' without a checkpoint
     restore: bool = True  # continue from the newest checkpoint that verifies

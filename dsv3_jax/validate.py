@@ -6,7 +6,14 @@ from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
 from typing import Any, get_args, get_type_hints
 
-from dsv3_jax.config import Config, DataConfig, ModelConfig, ParallelConfig, PrecisionConfig
+from dsv3_jax.config import (
+    CheckpointConfig,
+    Config,
+    DataConfig,
+    ModelConfig,
+    ParallelConfig,
+    PrecisionConfig,
+)
 from dsv3_jax.errors import UserError, did_you_mean
 from dsv3_jax.parallel.pipeline.partition import moe_layers_of_stages
 from dsv3_jax.parallel.pipeline.schedules import SCHEDULES, make_schedule
@@ -109,6 +116,7 @@ def validate(config: Config) -> None:
     _check_pipeline(config)
     _check_context(config)
     _check_buffer_factor(config.parallel)
+    _check_checkpoint(config.checkpoint)
     if config.parallel.dispatch == "hierarchical":
         if config.parallel.expert > config.parallel.devices_per_node:
             _check_divides(
@@ -248,6 +256,15 @@ def _check_batch(data: DataConfig, parallel: ParallelConfig, rows: int) -> None:
         "data.sequences_per_step",
         data.sequences_per_step,
     )
+
+
+def _check_checkpoint(checkpoint: CheckpointConfig) -> None:
+    interval, lost = checkpoint.interval_steps, checkpoint.max_lost_steps
+    if lost is not None and lost < interval:
+        raise UserError(
+            f"checkpoint.max_lost_steps={lost} is less than the checkpoint.interval_steps="
+            f"{interval} between two saves; lower the interval or raise it"
+        )
 
 
 def _check_buffer_factor(parallel: ParallelConfig) -> None:

@@ -122,6 +122,7 @@ def test_overrides_apply_in_order_and_leave_the_rest():
         ("optim.beta2=1", ["[0, 1)"]),
         ("data.fim_rate=1.1", ["[0, 1]"]),
         ("run.num_steps=0", ["run.num_steps=0"]),
+        ("checkpoint.max_lost_steps=99", ["checkpoint.interval_steps=100", "lower the interval"]),
         ("run.num_steps=none", ["optim.total_tokens", "run.num_steps"]),
         ("model.affinity=sigmoyd", ["did you mean 'sigmoid'", "softmax"]),
         ("parallel.expert=3", ["model.num_experts", "parallel.expert=3"]),

@@ -2,8 +2,9 @@
 
     python -m tools.ledger --workdir=runs/tiny [--format=table|json]
 
-'steps' is what the rest is for: its share is the run's goodput. 'lost' are steps that were done
-again after a kill, 'down' is the time between two processes.
+'steps' is what the rest is for, with 'rollout' and 'reward' of GRPO: their share is the run's
+goodput. 'lost' are steps that were done again after a kill, 'down' is the time between two
+processes.
 """
 
 import json

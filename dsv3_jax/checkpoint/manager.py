@@ -18,7 +18,7 @@ import jax
 import orbax.checkpoint as ocp
 
 from dsv3_jax import faults
-from dsv3_jax.checkpoint import manifest
+from dsv3_jax.checkpoint import agreement, manifest
 from dsv3_jax.checkpoint.hashing import named_leaves
 from dsv3_jax.checkpoint.reader import manifest_arrays, open_checkpoint, steps_in
 from dsv3_jax.errors import UserError
@@ -35,7 +35,8 @@ logging.getLogger("asyncio").addFilter(
 class CheckpointManager:
     """Saves and restores the state of a run under one directory.
 
-    An error while saving is raised by the next call; older checkpoints stay as they are.
+    An error while saving is raised by the next call, in all processes where one had it; older
+    checkpoints stay as they are. Every process makes the same calls.
     """
 
     def __init__(self, directory: str | Path, *, keep: int, config_digest: str = "") -> None:
@@ -57,8 +58,11 @@ class CheckpointManager:
         # waiting for it for minutes, and the process unable to exit.
         self._checkpointer = ocp.AsyncCheckpointer(
             ocp.PyTreeCheckpointHandler(),
-            async_options=ocp.options.AsyncOptions(create_directories_asynchronously=False),
+            async_options=ocp.options.AsyncOptions(
+                create_directories_asynchronously=False, barrier_sync_fn=self._barrier
+            ),
         )
+        self._step = 0  # of the save under way
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
         self.rejected: tuple[tuple[int, str], ...] = ()  # (step, reason) of the last restore
@@ -90,6 +94,7 @@ class CheckpointManager:
         """
         assert step >= 0, step
         self.wait()
+        self._step = step
         named = named_leaves(state)
         body = {
             "step": step,
@@ -99,12 +104,20 @@ class CheckpointManager:
         }
         try:
             if jax.process_index() == 0:
-                self._check_space(named)
+                self._check_space(step, named)
+        except OSError as caught:
+            error = self._save_error(step, caught)
+            agreement.hear(str(error))
+            raise error from None
+        agreement.hear()
+        try:
             self._checkpointer.save(
                 self._pending(step), args=ocp.args.PyTreeSave(named), force=True
             )
-        except (OSError, ValueError) as error:
-            raise self._save_error(step, error) from None
+        except (OSError, ValueError) as caught:
+            if jax.process_count() > 1:
+                raise  # the others wait for this process, and end when it does
+            raise self._save_error(step, caught) from None
         self._thread = threading.Thread(target=self._finish, args=(step, body))
         self._thread.start()
         if wait:
@@ -160,8 +173,13 @@ class CheckpointManager:
         finally:
             self._checkpointer.close()
 
-    def _check_space(self, named: dict[str, Any]) -> None:
-        """Raises OSError when the disk is too full to begin. Arrays hardly shrink on it."""
+    def _check_space(self, step: int, named: dict[str, Any]) -> None:
+        """Raises OSError when the disk is too full to begin. Arrays hardly shrink on it.
+
+        Or when it cannot be written: Orbax would make the folder on one process while others wait.
+        """
+        self._pending(step).mkdir(exist_ok=True)
+        self._pending(step).rmdir()
         needed = sum(leaf.nbytes for leaf in named.values())
         free = shutil.disk_usage(self._directory).free
         if free < needed:
@@ -174,23 +192,35 @@ class CheckpointManager:
         steps = steps_in(self._directory)
         return [s for s in steps if (self._directory / str(s) / manifest.NAME).exists()]
 
+    def _barrier(self, *, key: str, timeout_ms: int) -> None:
+        """Orbax waits here for the other processes, in its thread."""
+        faults.reach("after_write", self._step)
+        agreement.hear()
+
     def _finish(self, step: int, body: dict[str, Any]) -> None:
         try:
             self._checkpointer.wait_until_finished()  # every process has written its part
             if jax.process_index() == 0:
-                faults.reach("before_manifest", step)
-                manifest.write(self._pending(step), body)
-                faults.reach("before_commit", step)
-                self._publish(step)
-                faults.reach("after_commit", step)
-                self._delete_old(step)
-        except (OSError, ValueError) as error:  # ValueError: how Orbax's writer reports a full disk
-            self._error = self._save_error(step, error)
-            if jax.process_index() == 0:
-                for path in self._directory.glob(f"pending.{step}*"):
-                    shutil.rmtree(path, ignore_errors=True)
+                self._commit(step, body)
+            agreement.hear()
+        except agreement.OtherProcessError as error:
+            self._error = error
         except Exception as error:
             self._error = error
+            if isinstance(error, OSError | ValueError):  # how Orbax's writer reports a full disk
+                self._error = self._save_error(step, error)
+            agreement.hear(str(self._error) or repr(error))
+        if self._error and jax.process_index() == 0:  # nobody writes any more
+            for path in self._directory.glob(f"pending.{step}*"):
+                shutil.rmtree(path, ignore_errors=True)
+
+    def _commit(self, step: int, body: dict[str, Any]) -> None:
+        faults.reach("before_manifest", step)
+        manifest.write(self._pending(step), body)
+        faults.reach("before_commit", step)
+        self._publish(step)
+        faults.reach("after_commit", step)
+        self._delete_old(step)
 
     def _publish(self, step: int) -> None:
         final = self._directory / str(step)

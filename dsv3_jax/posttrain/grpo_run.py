@@ -7,7 +7,8 @@ rounds. Rollouts and updates use the same arrays on one mesh.
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -32,6 +33,7 @@ from dsv3_jax.posttrain.policy import Policy, Round, Task
 from dsv3_jax.train import schedules
 from dsv3_jax.train.control import stop_signals
 from dsv3_jax.train.guards import Guard, SpikeWindow, leaf_names
+from dsv3_jax.train.ledger import Ledger, account, summary
 from dsv3_jax.train.loop import EXIT_STOPPED
 from dsv3_jax.train.metrics import DispatchedStep, StepLog, read_records
 from dsv3_jax.train.progress import Reporter, describe
@@ -76,6 +78,16 @@ def check_config(config: Config) -> None:
         raise UserError(
             f"optim.ema_decay={config.optim.ema_decay} has no effect on GRPO; leave it out"
         )
+    # Saves fall between rounds, so that many steps after the one before.
+    between = -(-config.checkpoint.interval_steps // grpo.updates_per_rollout)
+    between *= grpo.updates_per_rollout
+    lost = config.checkpoint.max_lost_steps
+    if lost is not None and lost < between:
+        raise UserError(
+            f"checkpoint.max_lost_steps={lost} is less than the {between} steps between two saves "
+            f"(checkpoint.interval_steps={config.checkpoint.interval_steps} in whole rounds of "
+            f"grpo.updates_per_rollout={grpo.updates_per_rollout}); raise it"
+        )
     if grpo.group_size < 2:
         raise UserError(f"grpo.group_size={grpo.group_size} compares nothing; use 2 or more")
     if grpo.max_answer_tokens > data.sequence_length - 1:
@@ -100,6 +112,7 @@ def train(config: Config, workdir: Path, task: Task) -> int:
     """
     check_config(config)
     check_workdir(config, workdir)
+    ledger = Ledger(workdir, writes=True)
     if jax.process_count() > 1:
         raise UserError("GRPO samples in one process; start a single one for all devices")
     if not steps_in(workdir / CHECKPOINTS):
@@ -116,8 +129,8 @@ def train(config: Config, workdir: Path, task: Task) -> int:
         keep=config.checkpoint.keep,
         config_digest=hashlib.sha256(json.dumps(to_dict(config)).encode()).hexdigest(),
     )
-    saver = Saver(manager, config.checkpoint.on_save_error, reporter.say)
-    graphdef, state, reference, position = _restore_or_init(config, mesh, manager)
+    with ledger.spent_on("restore"):
+        graphdef, state, reference, position = _restore_or_init(config, mesh, manager)
     train_step = make_train_step(
         config,
         graphdef,
@@ -128,11 +141,18 @@ def train(config: Config, workdir: Path, task: Task) -> int:
     step, num_steps = int(state.step), config.run.num_steps
     num_problems = config.data.sequences_per_step * grpo.updates_per_rollout // grpo.group_size
     first_step, saved_step = step, step
+    ledger.resumed(step)
+    saver = Saver(manager, config.checkpoint, step, reporter.say)
     reporter.say(f"{'workdir':<12} {workdir}{f', continuing at step {step}' if step else ''}")
     reporter.start(first_step, num_steps)
     guard = Guard(workdir, SpikeWindow(config.guard), leaf_names(state.params))
     log = StepLog(workdir, first_step, reporter, guard)
     shown = _SampleFile(workdir / SAMPLES_FILE, first_step, config.run.num_samples, reporter)
+
+    @contextmanager
+    def paused(category: str) -> Iterator[None]:
+        with log.paused(), ledger.spent_on(category):
+            yield
 
     def save(write: Callable) -> None:
         tree = vars(state) | {"reference": reference}
@@ -144,21 +164,27 @@ def train(config: Config, workdir: Path, task: Task) -> int:
         """Mean reward of greedy answers to the held-out problems."""
         if not task.problems.held_out:
             return {}
-        played = policy.play(state, task.problems.held_out, seed=0, greedy=True)
+        asked = task.problems.held_out
+        played = policy.judge(asked, policy.sample(state, asked, seed=0, greedy=True))
         return {"validation_reward": float(played.scores.values_N.mean())}
 
-    with stop_signals() as stop:
+    with stop_signals() as stop, ledger.compilations_apart():
+        ledger.enter("steps")
         while step < num_steps and not stop.before(step):
             extra = {}
             if _crossed(step, grpo.updates_per_rollout, config.run.eval_interval):
-                with log.paused():
+                with paused("evaluate"):
                     extra = evaluate()
             if step - position.reference_step >= grpo.reference_steps:
                 reference = jax.tree.map(jnp.copy, state.params)
                 position.reference_step = step
             problems = task.problems.batch(position.problems, num_problems, config.run.seed)
             position.problems += num_problems
-            played = policy.play(state, problems, seed=_seed(config.run.seed, step))
+            log.flush()  # answers need the weights of the last step: its end is no rollout time
+            with ledger.spent_on("rollout"):
+                rollouts = policy.sample(state, problems, seed=_seed(config.run.seed, step))
+            with ledger.spent_on("reward"):
+                played = policy.judge(problems, rollouts)
             shown.add(step, played, show=step % config.run.log_interval == 0)
             statistics = played.statistics(grpo.group_size)
             extra |= statistics
@@ -189,17 +215,27 @@ def train(config: Config, workdir: Path, task: Task) -> int:
                     )
                 )
                 step, extra = step + 1, statistics
+                ledger.beat(step)
             at_interval = step - saved_step >= config.checkpoint.interval_steps
             if step < num_steps and saver.due(at_interval):
-                with log.paused():
+                with paused("save"):
                     save(saver.save)
                 saved_step = step
+            ahead = min(grpo.updates_per_rollout, num_steps - step)
+            if ahead and saver.must_wait(step, ahead):
+                with paused("save"):
+                    saver.wait(step, lambda: save(saver.save), ahead)
         if step > first_step:
             if step == num_steps:
-                log.flush(extra=statistics | evaluate())
-            save(saver.finish)
+                with ledger.spent_on("evaluate"):
+                    log.flush(extra=statistics | evaluate())
+            with ledger.spent_on("save"):
+                save(saver.finish)
+        ledger.enter("end")
     manager.close()
     log.close()
+    ledger.write()
+    reporter.say(f"{'time':<12} {summary(account(workdir))}")
     if step < num_steps:
         reporter.say(f"stopped before step {step}, checkpoint saved; the same command continues")
         return EXIT_STOPPED

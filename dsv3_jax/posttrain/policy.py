@@ -93,12 +93,12 @@ class Policy:
         self._score = score()
         self._score_with_routes = score(routes=True) if config.grpo.routing_replay else None
 
-    def play(
+    def sample(
         self, state: TrainState, problems: Sequence[Problem], seed: int, *, greedy: bool = False
-    ) -> Round:
+    ) -> list[Rollout]:
         """Answers to problems: a group each, or the single most likely one."""
         config, group_size = self._config, 1 if greedy else self._config.grpo.group_size
-        rollouts = sample_answers(
+        return sample_answers(
             nnx.merge(self._graphdef, state.params, state.router_bias),
             [problem.ids for problem in problems],
             group_size=group_size,
@@ -109,6 +109,10 @@ class Policy:
             eos_id=self._task.tokenizer.eos_id,
             max_rows=self._max_rows,
         )
+
+    def judge(self, problems: Sequence[Problem], rollouts: Sequence[Rollout]) -> Round:
+        """The answers that `sample` gave to these problems, with their rewards."""
+        grpo, group_size = self._config.grpo, len(rollouts) // len(problems)
         asked = [problem for problem in problems for _ in range(group_size)]
         texts = [self._text(rollout) for rollout in rollouts]
         samples = [
@@ -118,8 +122,8 @@ class Policy:
         scores = score_all(
             self._task.reward,
             samples,
-            seconds=config.grpo.reward_seconds,
-            max_failed_fraction=config.grpo.max_failed_fraction,
+            seconds=grpo.reward_seconds,
+            max_failed_fraction=grpo.max_failed_fraction,
         )
         return Round(problems=asked, rollouts=rollouts, texts=texts, scores=scores)
 

@@ -8,6 +8,7 @@ only when the next process starts, and are worked out when the file is read (`ac
 
 import json
 import os
+import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -16,9 +17,11 @@ from pathlib import Path
 from typing import Any
 
 FILE = "ledger.jsonl"
-# In the order of a table. 'steps' is what the rest is for; the last two are of `account`.
+# In the order of a table. `USEFUL` is what the rest is for; only GRPO has rollouts and rewards.
+# The last two are of `account`.
+USEFUL = ("steps", "rollout", "reward")
 CATEGORIES = (
-    "steps", "compile", "data", "evaluate", "save", "restore", "start", "end", "lost", "down",
+    *USEFUL, "compile", "data", "evaluate", "save", "restore", "start", "end", "lost", "down",
 )  # fmt: skip
 _SECONDS_BETWEEN_LINES = 1.0
 
@@ -57,6 +60,31 @@ class Ledger:
         finally:
             self.enter(before)
 
+    @contextmanager
+    def compilations_apart(self) -> Iterator[None]:
+        """What JAX spends inside on tracing and compiling belongs to 'compile'.
+
+        For programs that are compiled in the midst of other work, where no `spent_on` can tell.
+        """
+        import jax.monitoring  # not for those who only read a ledger
+
+        own, spans = threading.get_ident(), []
+
+        def ended(event: str, start: float, end: float, **_: Any) -> None:
+            if not event.startswith("/jax/core/compile/") or threading.get_ident() != own:
+                return
+            # One function's tracing contains that of those it calls, which were told before.
+            inner = sum(e - s for s, e in spans if s >= start)
+            spans[:] = [*(span for span in spans if span[0] < start), (start, end)]
+            self._totals["compile"] += end - start - inner
+            self._totals[self._category] -= end - start - inner
+
+        jax.monitoring.register_event_time_span_listener(ended)
+        try:
+            yield
+        finally:
+            jax.monitoring.unregister_event_time_span_listener(ended)
+
     def beat(self, step: int) -> None:
         """So many steps are done. Writes a line, unless one was written this second."""
         self._step = step
@@ -78,9 +106,9 @@ class Ledger:
 def account(workdir: Path) -> dict[str, float]:
     """Seconds of each of `CATEGORIES`, from the first start to the last line.
 
-    Steps that a later process did again are moved from 'steps' to 'lost', by their share of their
+    Steps that a later process did again are moved from `USEFUL` to 'lost', by their share of their
     process's time. 'down' is the time between the last line of a process and the next birth: what
-    restarting took, and up to a second before a kill.
+    restarting took, and before a kill up to a second or the step or rollout under way.
 
     Raises:
       FileNotFoundError: no run was in `workdir`.
@@ -99,9 +127,10 @@ def account(workdir: Path) -> dict[str, float]:
         if following is not None:
             total["down"] += max(0.0, following["born"] - life["until"])
             redone = max(0, last - max(first, following["steps"][0]))
-            lost = seconds["steps"] * redone / max(1, last - first)
-            seconds["steps"] -= lost
-            total["lost"] += lost
+            for name in USEFUL:
+                lost = seconds.get(name, 0.0) * redone / max(1, last - first)
+                seconds[name] = seconds.get(name, 0.0) - lost
+                total["lost"] += lost
         total.update(seconds)
     return dict(total)
 

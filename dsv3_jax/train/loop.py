@@ -109,7 +109,6 @@ def _train(
         keep=config.checkpoint.keep,
         config_digest=hashlib.sha256(json.dumps(to_dict(config)).encode()).hexdigest(),
     )
-    saver = Saver(manager, config.checkpoint.on_save_error, reporter.say)
     with ledger.spent_on("restore"):
         graphdef, state, ema, extra = _restore_or_init(config, mesh, manager, rows)
     tokens = extra.get("tokens", 0)
@@ -122,6 +121,7 @@ def _train(
 
     step = first_step = int(state.step)
     ledger.resumed(step)
+    saver = Saver(manager, config.checkpoint, step, reporter.say)
     num_steps = step + schedules.remaining_steps(config, step, tokens)
     continuing = f", continuing at step {step}" if step else ""
     reporter.say(f"{'workdir':<12} {workdir}{continuing}")
@@ -207,6 +207,9 @@ def _train(
             if step < num_steps and saver.due(step % config.checkpoint.interval_steps == 0):
                 with paused("save"):
                     save(saver.save)
+            if step < num_steps and saver.must_wait(step):
+                with paused("save"):
+                    saver.wait(step, lambda: save(saver.save))
         with watchdog.paused():
             if step > first_step:
                 if step == num_steps:

@@ -2,6 +2,10 @@
 
 A save fails in the background, while steps go on, so what is tried again is the state of the next
 step boundary and not the old one: nothing has to be kept for it.
+
+A kill costs the steps since the last complete checkpoint. A save that starts every I steps and must
+be complete before the next one starts leaves up to 2 I of them; `checkpoint.max_lost_steps` = I + D
+gives a save D steps' time, after which training waits for it. D = 0 waits for every save.
 """
 
 import time
@@ -9,10 +13,9 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import numpy as np
-from jax.experimental import multihost_utils
 
 from dsv3_jax.checkpoint.manager import CheckpointManager
+from dsv3_jax.config import CheckpointConfig
 from dsv3_jax.errors import UserError
 
 PAUSES = (1.0, 4.0, 10.0)  # seconds before each further try; together less than a grace period
@@ -21,16 +24,24 @@ PAUSES = (1.0, 4.0, 10.0)  # seconds before each further try; together less than
 class Saver:
     """Saves through a `CheckpointManager`, with further tries after a failure.
 
-    With several processes one may fail alone, so they agree at the interval's saves, which are the
-    further tries too. A single process tries again when the pause is over.
+    A single process tries again when the pause is over. Several have no clock in common: their
+    further tries are the interval's saves, or where training waits for one.
 
     Attributes:
       failures: saves of this process's run that failed, further tries included.
     """
 
-    def __init__(self, manager: CheckpointManager, on_error: str, say: Callable[[str], None]):
-        """`on_error`: 'stop' raises after the last try, 'continue' waits for the next interval."""
-        self._manager, self._stops, self._say = manager, on_error == "stop", say
+    def __init__(
+        self,
+        manager: CheckpointManager,
+        config: CheckpointConfig,
+        first_step: int,
+        say: Callable[[str], None],
+    ):
+        """`first_step` is the step of the checkpoint that the run goes on from, or 0."""
+        self._manager, self._stops = manager, config.on_save_error == "stop"
+        self._say, self._max_lost = say, config.max_lost_steps
+        self._complete, self._under_way = first_step, None  # steps of saves
         self._tries, self._again_at = 0, None
         self._single = jax.process_count() == 1
         self.failures = 0
@@ -56,10 +67,26 @@ class Saver:
         self._again_at = None
         try:
             self._manager.save(step, state, extra)
+            self._under_way = step
         except UserError as error:
-            if not self._single:
-                raise  # the others wait for this process, and end when it does
             self._failed(error)
+
+    def must_wait(self, step: int, ahead: int = 1) -> bool:
+        """Whether a kill after `ahead` steps more could cost more than `max_lost_steps`."""
+        return self._max_lost is not None and step + ahead - self._complete > self._max_lost
+
+    def wait(self, step: int, save: Callable[[], None], ahead: int = 1) -> None:
+        """Returns when `must_wait` no longer holds; tries a failed save again with `save()`.
+
+        With `on_save_error` 'continue' it returns too when every try has failed. Raises as `due`.
+        """
+        while self.must_wait(step, ahead):
+            self._collect()
+            if self._again_at is not None:
+                time.sleep(max(0.0, self._again_at - time.monotonic()))
+                save()
+            elif self._under_way is None:
+                return
 
     def finish(self, step: int, state: Any, extra: dict[str, Any]) -> None:
         """Saves and returns when the checkpoint is complete.
@@ -73,29 +100,21 @@ class Saver:
                 return
             except UserError as error:
                 self.failures += 1
-                if pause is None or not self._single:
+                if pause is None:
                     raise
                 self._say(f"{error}; trying again in {pause:g} s")
                 time.sleep(pause)
 
     def _collect(self) -> None:
         """Waits for the save under way and takes its error."""
-        error = None
+        saved, self._under_way = self._under_way, None
         try:
             self._manager.wait()
-        except UserError as own:
-            error = own
-        if not self._single:
-            failed = multihost_utils.process_allgather(np.int32(error is not None))
-            if failed.any() and error is None:
-                error = UserError(
-                    f"process {int(np.argmax(failed))} could not save its part of a checkpoint; "
-                    f"see its output"
-                )
-        if error is not None:
+        except UserError as error:
             self._failed(error)
-        elif self._again_at is None:
-            self._tries = 0
+        else:
+            if saved is not None:
+                self._complete, self._tries = saved, 0
 
     def _failed(self, error: UserError) -> None:
         self.failures += 1
@@ -103,7 +122,7 @@ class Saver:
             pause = PAUSES[self._tries]
             self._tries += 1
             self._again_at = time.monotonic() + pause
-            when = f"in {pause:g} s" if self._single else "at the next interval"
+            when = f"in {pause:g} s" if self._single else "with the next save"
             self._say(f"{error}; trying again {when}")
         elif self._stops:
             raise error

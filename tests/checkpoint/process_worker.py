@@ -3,7 +3,9 @@
 python process_worker.py PORT INDEX DIRECTORY
 """
 
+import resource
 import sys
+import time
 from pathlib import Path
 
 import jax
@@ -12,7 +14,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dsv3_jax.checkpoint.hashing import state_hash
 from dsv3_jax.checkpoint.manager import CheckpointManager
-from dsv3_jax.checkpoint.reader import steps_in
+from dsv3_jax.errors import UserError
 from dsv3_jax.train.ema import HostEma, ema_template
 
 
@@ -32,6 +34,25 @@ def make(mesh, seed):
 
 def template_of(tree):
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)
+
+
+def check_failed_save(manager, step, state, *, fails):
+    """The system lets one process write no file that is as large; both hear of it, and soon."""
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    if fails:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (200, limit[1]))
+    started = time.monotonic()
+    try:
+        manager.save(step, state, {"step": step}, wait=True)
+    except UserError as error:
+        message = str(error)
+    else:
+        raise AssertionError("saved without room")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert f"saving checkpoint {step} in" in message, message
+    assert message.startswith("process ") != fails, message
+    assert time.monotonic() - started < 30
 
 
 def main(port: str, index: str, directory: str) -> None:
@@ -67,9 +88,13 @@ def main(port: str, index: str, directory: str) -> None:
     assert state_hash(state) == expected
     manager.save(4, state, {"step": 4}, wait=True)
     assert state_hash(manager.restore(template)[0]) == expected
+    for step, failing in ((5, "1"), (6, "0")):
+        check_failed_save(manager, step, state, fails=index == failing)
+    manager.save(7, state, {"step": 7}, wait=True)
+    assert state_hash(manager.restore(template)[0]) == expected
     manager.close()
     if index == "0":
-        assert steps_in(Path(directory)) == [2, 4], steps_in(Path(directory))
+        assert sorted(p.name for p in Path(directory).iterdir()) == ["4", "7"]
     print("passed")
 
 

@@ -174,6 +174,7 @@ def test_grpo_runs_and_continues_exactly(grpo_config, tmp_path, capsys):
         ("parallel", "pipe", 2, "set parallel.pipe=1"),
         ("parallel", "context", 2, "set parallel.context=1"),
         ("checkpoint", "initial_weights", "", "initial_weights is empty"),
+        ("checkpoint", "max_lost_steps", 99, "the 100 steps between two saves"),
         ("run", "num_steps", None, "set a number"),
     ],
 )

@@ -1,5 +1,7 @@
 """SIGKILL of real runs, over and over: every next start goes on, and no bit of a loss changes.
 
+No kill costs more steps than `checkpoint.max_lost_steps`, nor two intervals where that is none.
+
 DSV3_KILLS=200 pytest -m slow tests/reliability/test_kills.py -s    the nightly size
 """
 
@@ -21,6 +23,8 @@ CHANGES = (
     f"checkpoint.interval_steps={INTERVAL}",
     "checkpoint.keep=2",
 )
+# Most steps lost by checkpoint.max_lost_steps, which changes from start to start.
+BOUNDS = {str(INTERVAL): INTERVAL, str(INTERVAL + 1): INTERVAL + 1, "none": 2 * INTERVAL}
 AIMED = ("before_manifest", "before_commit", "after_commit", "in_deletion")
 
 
@@ -30,11 +34,12 @@ def steps_logged(workdir):
     return path.read_bytes().count(b"\n") if path.exists() else 0
 
 
-def started_and_killed(workdir, cache, point, seconds):
+def started_and_killed(workdir, cache, max_lost, point, seconds):
     """Kills at `point`, or `seconds` after a new step; False if the run was complete before."""
     before = steps_logged(workdir)
     fault = {"DSV3_FAULT": f"{point}=kill"} if point else {}
-    process = start(workdir, *CHANGES, JAX_COMPILATION_CACHE_DIR=str(cache), **fault)
+    bound = f"checkpoint.max_lost_steps={max_lost}"
+    process = start(workdir, *CHANGES, bound, JAX_COMPILATION_CACHE_DIR=str(cache), **fault)
     if not point:
         while process.poll() is None and steps_logged(workdir) <= before:
             time.sleep(0.01)
@@ -53,21 +58,22 @@ def test_a_run_killed_at_random_loses_nothing(tmp_path):
     code, output = run(tmp_path / "whole", *CHANGES, **options)
     assert code == 0, output
     expected = losses(tmp_path / "whole")
-    kills, runs, lost = 0, 0, []
+    kills, runs, lost = 0, 0, {max_lost: [] for max_lost in BOUNDS}
     while kills < KILLS:
         workdir, complete = tmp_path / f"killed{runs}", False
         runs += 1
         while not complete and kills < KILLS:
             point = rng.choice(AIMED) if kills % 2 else None
-            complete = not started_and_killed(workdir, cache, point, rng.uniform(0, 0.5))
+            max_lost, seconds = list(BOUNDS)[kills % len(BOUNDS)], rng.uniform(0, 0.5)
+            complete = not started_and_killed(workdir, cache, max_lost, point, seconds)
             if not complete:
                 kills += 1
                 saved = max(steps_in(workdir / "checkpoints"), default=0)
-                lost.append(steps_logged(workdir) - saved)
+                lost[max_lost].append(steps_logged(workdir) - saved)
+                assert lost[max_lost][-1] <= BOUNDS[max_lost], (max_lost, point)
         if not complete:
             code, output = run(workdir, *CHANGES, **options)
             assert code == 0, output
         assert losses(workdir) == expected
-        # A save starts when the one before is committed: one interval, and what ran beside it.
-        assert max(lost) <= 2 * INTERVAL
-    print(f"{kills} kills of {runs} runs; steps lost: at most {max(lost)} of {INTERVAL} a save")
+    for max_lost, steps in lost.items():
+        print(f"max_lost_steps={max_lost}: {len(steps)} kills lost at most {max(steps)} steps")

@@ -4,21 +4,13 @@ Real processes of the real commands; losses are compared in hexadecimal, and wit
 everything in the last checkpoint: weights, moments, bias, step, place in the data, references.
 """
 
-import json
-
 import jax
 import numpy as np
 import pytest
-from flax import nnx
-from runs import SMALL, losses, run
+from runs import losses, run
 
-from dsv3_jax import DeepSeekV3
 from dsv3_jax.checkpoint.hashing import state_hash
 from dsv3_jax.checkpoint.reader import open_checkpoint
-from dsv3_jax.data.tokenizer import train_tokenizer
-from dsv3_jax.model.runtime import Runtime
-from dsv3_jax.overrides import load_config
-from dsv3_jax.posttrain.problems import arithmetic_records
 
 pytestmark = pytest.mark.slow
 # Command and changes to `runs.SMALL`, by kind of run.
@@ -39,19 +31,6 @@ KINDS = {
     ),
     "logits": ("distill_logits", "distill.top_k=9"),
 }
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    """A folder with random weights, the tokenizer, and conversations for them."""
-    path = tmp_path_factory.mktemp("base") / "folder"
-    model = DeepSeekV3(load_config("tiny", SMALL).model, runtime=Runtime(), rngs=nnx.Rngs(0))
-    tokenizer = train_tokenizer(["1+2=3 15-4=11 What is it?\n"], 300)
-    model.save_pretrained(path, dtype="f32", tokenizer=tokenizer)
-    records = [{"prompt": r["prompt"], "completion": r["answer"]} for r in arithmetic_records()]
-    chats = path.parent / "chats.jsonl"
-    chats.write_text("".join(json.dumps(record) + "\n" for record in records))
-    return path, chats
 
 
 def changes_of(kind, base):

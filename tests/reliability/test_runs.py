@@ -6,6 +6,8 @@ import time
 import pytest
 from runs import losses, records, run, start, start_two, stop
 
+from dsv3_jax.checkpoint.reader import steps_in
+
 pytestmark = pytest.mark.slow
 
 
@@ -110,3 +112,41 @@ def test_sigterm_is_a_saved_checkpoint_and_75_within_25_seconds(undisturbed, tmp
     assert time.monotonic() - started < 25
     assert run(workdir)[0] == 0
     assert losses(workdir) == undisturbed
+
+
+@pytest.mark.parametrize(
+    "process, point, max_lost, saved",
+    [
+        (0, "before_manifest", "none", [2, 6, 8, 10]),
+        (1, "after_write", "none", [2, 6, 8, 10]),
+        (1, "after_write", "3", [2, 5, 6, 8, 10]),  # a further try before step 6 could be lost
+    ],
+)
+def test_a_save_that_one_of_two_processes_fails_is_made_up_for(
+    process, point, max_lost, saved, undisturbed_two, tmp_path
+):
+    workdir, faults = tmp_path / "run", ["", ""]
+    faults[process] = f"{point}@4=raise"
+    changes = "checkpoint.on_save_error=continue", f"checkpoint.max_lost_steps={max_lost}"
+    processes = start_two(workdir, "checkpoint.keep=9", *changes, faults=tuple(faults))
+    outputs = [process.communicate(timeout=300)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], outputs
+    assert losses(workdir) == undisturbed_two
+    assert steps_in(workdir / "checkpoints") == saved
+    assert "Traceback" not in "".join(outputs)
+    assert "saving checkpoint 4 in" in outputs[0] and f"fault at {point}" in outputs[0]
+    assert ("process 1: saving" in outputs[0]) == (process == 1)  # process 0 speaks for all
+    assert [r.get("save_failures", 0) for r in records(workdir)][-1] == 1
+
+
+@pytest.mark.parametrize("process, point", [(0, "before_manifest"), (1, "after_write")])
+def test_saves_that_one_of_two_processes_never_makes_end_both(process, point, tmp_path):
+    faults = ["", ""]
+    faults[process] = f"{point}@*=raise"
+    processes = start_two(tmp_path / "run", "run.num_steps=100000", faults=tuple(faults))
+    outputs = [process.communicate(timeout=120)[0] for process in processes]
+    assert [process.returncode for process in processes] == [2, 2], outputs
+    for output in outputs:
+        assert output.count("error: ") == 1 and "Traceback" not in output, output
+        assert f"fault at {point}" in output
+    assert steps_in(tmp_path / "run/checkpoints") == []
