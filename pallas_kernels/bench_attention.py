@@ -14,7 +14,12 @@ from absl import app, flags
 
 from dsv3_jax.model import attention_cudnn
 from pallas_kernels import regression
-from pallas_kernels.mla_attention import gpu_backward, gpu_forward, mla_attention
+from pallas_kernels.mla_attention import (
+    gpu_backward,
+    gpu_backward_keys,
+    gpu_forward,
+    mla_attention,
+)
 from pallas_kernels.mla_attention.reference import mla_attention_reference
 from pallas_kernels.timing import microseconds
 
@@ -30,16 +35,19 @@ TILINGS = {  # (block, stages, heads that share L2)
     "forward": ((128, 2, 8), (128, 2, 4), (128, 2, 16), (64, 4, 8), (64, 3, 8)),
     "query gradients": ((64, 3, 8), (64, 3, 4), (64, 2, 8)),
     "key gradients": ((64, 3, 8), (64, 3, 4), (64, 2, 8)),
+    "value gradients": ((64, 3, 8), (64, 4, 8), (64, 2, 8)),
 }
 KERNELS = {
     "forward": (gpu_forward.forward, gpu_forward.Config),
     "query gradients": (gpu_backward.query_gradients, gpu_backward.Config),
-    "key gradients": (gpu_backward.key_gradients, gpu_backward.Config),
+    "key gradients": (gpu_backward_keys.key_gradients, gpu_backward.Config),
+    "value gradients": (gpu_backward_keys.value_gradients, gpu_backward.Config),
 }
 WIDTHS = {  # of the products of T x T / 2 that a kernel is for: the rest is done again
     "forward": NOPE + ROPE + VALUE,
     "query gradients": 2 * (NOPE + ROPE) + VALUE,
-    "key gradients": 2 * (NOPE + ROPE + VALUE),
+    "key gradients": 2 * (NOPE + ROPE) + VALUE,
+    "value gradients": NOPE + ROPE + VALUE,
 }
 BACKWARD_WIDTH = 3 * (NOPE + ROPE) + 2 * VALUE
 

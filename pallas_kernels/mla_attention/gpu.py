@@ -5,7 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.mla_attention import gpu_backward, gpu_forward
+from pallas_kernels.mla_attention import gpu_backward, gpu_backward_keys, gpu_forward
 from pallas_kernels.mla_attention.common import TILE
 
 WIDTHS = (128, 64, 128)  # nope, rope, value: what the shared memory is laid out for
@@ -58,7 +58,8 @@ def backward_hopper(
     lse_BNT, delta_BNT = (jnp.pad(x, ((0, 0), (0, 0), (0, rest))) for x in (lse_BNT, delta_BNT))
     operands = (*inputs, starts_BT, scale, do_BTNH, lse_BNT, delta_BNT)
     dq_nope_BTNP, dq_rope_BTNR = gpu_backward.query_gradients(*operands, interpret=interpret)
-    dk_nope_BTNP, dk_rope_BTNR, dv_BTNH = gpu_backward.key_gradients(*operands, interpret=interpret)
+    dk_nope_BTNP, dk_rope_BTNR = gpu_backward_keys.key_gradients(*operands, interpret=interpret)
+    dv_BTNH = gpu_backward_keys.value_gradients(*operands, interpret=interpret)
     dk_rope_BTR = dk_rope_BTNR.astype(jnp.float32).sum(2).astype(k_rope_BTR.dtype)
     gradients = (dq_nope_BTNP, dq_rope_BTNR, dk_nope_BTNP, dk_rope_BTR, dv_BTNH)
     return tuple(x[:, :num_tokens] for x in gradients)
