@@ -138,10 +138,12 @@ def launch(
     out_types: tuple,
     num_programs: int,
     interpret: Any,
+    reduction_scratch_bytes: int = 2048,
 ) -> list[jax.Array]:
     """Runs `num_programs` (axis "program"): a warp does `body_move`, warpgroups `body_compute`.
 
-    Profiles show the kernel under `name`.
+    Profiles show the kernel under `name`. `reduction_scratch_bytes` of shared memory are for sums
+    across warps; those along a row of a product need none.
     They take (operands, memory) and (operands, outputs, memory): references, and those of `scratch`
     by name.
     """
@@ -182,6 +184,7 @@ def launch(
         compiler_params=plgpu.CompilerParams(
             lowering_semantics=plgpu.LoweringSemantics.Warpgroup,
             approx_math=True,
+            reduction_scratch_bytes=reduction_scratch_bytes,
             # Barriers and copies are ordered by hand, as in hopper_gemm.
             unsafe_no_auto_barriers=True,
         ),

@@ -1,11 +1,13 @@
-"""MLA's attention lowered for an H200 without the hardware: layouts, shared memory, copies."""
+"""MLA's attention and the rows of cross-entropy lowered for an H200 without the hardware."""
 
 import jax
 import jax.numpy as jnp
 import pytest
 from jax.sharding import AbstractMesh
 
+from pallas_kernels.cross_entropy.gpu import cross_entropy_rows_hopper
 from pallas_kernels.mla_attention import mla_attention
+from pallas_kernels.mla_decode import mla_decode
 
 pytestmark = pytest.mark.skipif(
     jax.__version_info__ < (0, 11), reason="the Hopper kernels need jax 0.11"
@@ -29,7 +31,36 @@ def test_both_passes_lower(num_tokens, with_documents):
 
         return jax.grad(loss, argnums=range(5))(*inputs)
 
+    # Forward, queries, keys, values.
+    assert lowered(gradients, inputs, segments_BT).count("@mosaic_gpu") == 4
+
+
+def lowered(function, *operands):
     h200 = jax.sharding.AbstractDevice(device_kind="NVIDIA H200", num_cores=132, platform="cuda")
     with jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=h200)):
-        lowered = jax.jit(gradients).trace(inputs, segments_BT).lower(lowering_platforms=("cuda",))
-    assert lowered.as_text().count("@mosaic_gpu") == 4  # forward, queries, keys, values
+        return jax.jit(function).trace(*operands).lower(lowering_platforms=("cuda",)).as_text()
+
+
+@pytest.mark.parametrize(
+    ("rows", "num_heads", "num_new", "page_tokens"),
+    [(128, 128, 1, 64), (128, 16, 2, 16), (1, 128, 2, 128)],
+)
+def test_decoding_lowers(rows, num_heads, num_new, page_tokens):
+    array, pages = jax.ShapeDtypeStruct, 4096 // page_tokens
+    queries = [array((rows, num_new, num_heads, width), jnp.bfloat16) for width in (512, 64)]
+    shape = (2, 1 + rows * pages, page_tokens)
+    cache = [array((*shape, width), jnp.bfloat16) for width in (512, 64)]
+    integers = [array(s, jnp.int32) for s in ((), (rows, pages), (rows, num_new))]
+
+    def decode(*operands):
+        return mla_decode(*operands, 0.1, implementation="hopper")
+
+    assert lowered(decode, *queries, *cache, *integers).count("@mosaic_gpu") == 1
+
+
+@pytest.mark.parametrize("shape", [(1024, 129280), (4096, 32768), (3, 1000)])
+def test_rows_of_cross_entropy_lower(shape):
+    array = jax.ShapeDtypeStruct
+    operands = [array(shape, jnp.float32)] + [array(shape[:1], t) for t in (jnp.int32, jnp.float32)]
+    text = lowered(lambda *x: cross_entropy_rows_hopper(*x, jnp.bfloat16), *operands)
+    assert "triton" in text

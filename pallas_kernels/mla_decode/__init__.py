@@ -1,0 +1,45 @@
+"""Decoding by MLA in its absorbed form: all heads share one key, whose value is its latent."""
+
+import jax
+
+from pallas_kernels import dispatch
+from pallas_kernels.mla_decode.gpu import mla_decode_hopper, refuse
+from pallas_kernels.mla_decode.reference import mla_decode_reference
+
+__all__ = ["mla_decode", "refuse"]
+
+_IMPLEMENTATIONS = {"hopper": mla_decode_hopper, "reference": mla_decode_reference}
+
+
+def mla_decode(
+    q_latent_BTNL: jax.Array,
+    q_rope_BTNR: jax.Array,
+    latent_YZSL: jax.Array,
+    k_rope_YZSR: jax.Array,
+    layer: jax.Array,
+    pages_BZ: jax.Array,
+    position_BT: jax.Array,
+    scale: float,
+    *,
+    implementation: str | None = None,
+) -> jax.Array:
+    """o_BTNL: softmax over a row's tokens of scale * (q_latent.latent + q_rope.k_rope), times the
+    latents (spec §2).
+
+    Letters: B rows, T new tokens of each (2 where one is a guess), N heads, L latent, R rope width;
+    Y layers, Z pages, S tokens of a page.
+
+    Args:
+      latent_YZSL, k_rope_YZSR: the cache. All of it must be finite: pages are read whole, and what
+        lies after a row's last token is multiplied by zero.
+      layer: int32 scalar.
+      pages_BZ: int32, the pages of each row in the order of its tokens.
+      position_BT: int32; a new token sees the positions up to its own. At least 0.
+      implementation: 'reference' or 'hopper'; None: the best that accepts the operands.
+
+    Raises:
+      NotImplementedError: the implementation named does not take these operands, and why.
+    """
+    cache = (latent_YZSL, k_rope_YZSR, layer, pages_BZ)
+    operands = (q_latent_BTNL, q_rope_BTNR, *cache, position_BT, scale)
+    return dispatch.call("mla_decode", _IMPLEMENTATIONS, implementation, *operands)
