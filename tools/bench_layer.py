@@ -164,7 +164,8 @@ def main(argv: list[str]) -> int:
         for name, time in sorted(times.items(), key=lambda item: -item[1])[: _KERNELS.value]:
             print(f"    {time:9.1f} us  {name[:90]}")
         del prepared, params, rest, operands
-    case, kind = f"{_PART.value}, {_TOKENS.value} tokens", jax.devices()[0].device_kind
+    kind = jax.devices()[0].device_kind
+    case = f"{_PART.value}, {_TOKENS.value} tokens, remat {_REMAT.value}"
     kept = [
         regression.holds(kind, f"{case}: {variant} / fp8", totals[variant] / totals["fp8"])
         for variant in variants[1:]

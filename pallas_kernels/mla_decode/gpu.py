@@ -54,9 +54,8 @@ def refuse(q_latent_BTNL, q_rope_BTNR, latent_YZSL, k_rope_YZSR, interpret: Any 
 
 
 def num_parts(num_rows: int, num_tiles: int, num_blocks: int) -> int:
-    """Parts of a row: enough programs for two a multiprocessor, each with at least four blocks."""
-    wanted = pl.cdiv(2 * common.SMS, num_rows * num_tiles)
-    return max(1, min(wanted, num_blocks // 4))
+    """Parts of a row: as many as all run at once, each with at least four blocks."""
+    return max(1, min(common.SMS // (num_rows * num_tiles), num_blocks // 4))
 
 
 def mla_decode_hopper(

@@ -140,7 +140,7 @@ class TestInterpreted:
 @pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs a Hopper GPU")
 @pytest.mark.parametrize("with_documents", [False, True])
 @pytest.mark.parametrize(
-    ("num_tokens", "num_heads", "batch"), [(5, 1, 1), (200, 3, 2), (2048, 16, 1)]
+    ("num_tokens", "num_heads", "batch"), [(40, 1, 1), (200, 3, 2), (2048, 16, 1)]
 )
 def test_on_the_chip(num_tokens, num_heads, batch, with_documents):
     check_kernels(num_tokens, num_heads, with_documents, batch)

@@ -68,7 +68,7 @@ def test_definition_equals_float64(num_new):
 
 def test_parts_fill_the_chip_but_stay_long_enough():
     assert num_parts(1, 2, 64) == 16
-    assert num_parts(128, 2, 64) == 2
+    assert num_parts(32, 2, 64) == 2
     assert num_parts(128, 4, 64) == 1
     assert num_parts(1, 1, 3) == 1
 
