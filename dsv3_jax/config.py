@@ -258,7 +258,8 @@ class RunConfig:
     eval_batches: int = 4  # validation batches, of one micro-batch each
     num_samples: int = 3  # texts sampled at the end
     sample_tokens: int = 64  # tokens a sample
-    scan_layers: bool = True  # False: compiled one by one, for faster steps; compiles longer
+    # False: layers are compiled one by one, for faster steps; compiles longer. A pipeline loops.
+    scan_layers: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -307,11 +307,6 @@ def _check_context(config: Config) -> None:
 def _check_pipeline(config: Config) -> None:
     """The schedule must accept the ranks and micro-batches, and every stage have a layer."""
     parallel, data, rows = config.parallel, config.data, config.microbatch_sequences
-    if parallel.pipe > 1 and not config.run.scan_layers:
-        raise UserError(
-            f"run.scan_layers=false has no effect with parallel.pipe={parallel.pipe}: a pipeline "
-            f"loops over its stages; leave it out or set parallel.pipe=1"
-        )
     if parallel.pipe == 1:
         if parallel.max_deferred is not None:
             raise UserError(

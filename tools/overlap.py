@@ -1,7 +1,7 @@
 """What runs while chunks travel between devices: of a compiled program, or of a profile.
 
 python -m tools.overlap --hlo=FILE [--copies_above=MIB]
-python -m tools.overlap --profile=DIR [--figure=FILE]
+python -m tools.overlap --profile=DIR [--trace_figure=FILE]
 
 FILE holds the text of a program compiled for GPU or TPU, `compiled.as_text()`: lists for each
 all-to-all how many matmuls of the forward and the backward chunk are issued between its start and
@@ -23,7 +23,7 @@ from tools.text import aligned
 _HLO = flags.DEFINE_string("hlo", None, "File with the text of a compiled program.")
 _PROFILE = flags.DEFINE_string("profile", None, "Folder that jax.profiler.trace wrote.")
 _COPIES_ABOVE = flags.DEFINE_float("copies_above", 64.0, "MiB from which copies are listed.")
-_FIGURE = flags.DEFINE_string("figure", None, "Picture to draw of a profile.")
+_FIGURE = flags.DEFINE_string("trace_figure", None, "Picture to draw of a profile.")
 _WINDOW_MS = flags.DEFINE_float("window_ms", 60.0, "Milliseconds that it shows.", lower_bound=0.01)
 _MIB = 2**20
 
@@ -81,7 +81,7 @@ def main(argv: list[str]) -> None:
     if len(argv) != 1 or (_HLO.value is None) == (_PROFILE.value is None):
         raise UserError("give one of --hlo=FILE and --profile=DIR")
     if _FIGURE.value and not _PROFILE.value:
-        raise UserError("--figure draws a profile; give --profile=DIR")
+        raise UserError("--trace_figure draws a profile; give --profile=DIR")
     if _PROFILE.value is not None:
         devices = overlap_profile.device_events(Path(_PROFILE.value))
         lines = profile_report(overlap_profile.collective_times(devices))

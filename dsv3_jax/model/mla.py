@@ -20,8 +20,6 @@ from dsv3_jax.model.layers import Linear, RMSNorm
 from dsv3_jax.model.paged_cache import PagedCache, Paging, paged_attention
 from dsv3_jax.model.runtime import Runtime
 from dsv3_jax.parallel.context import num_context_shards, whole_sequences
-from pallas_kernels.mla_decode import mla_decode
-from pallas_kernels.mla_decode import refuse as refuse_decoding
 
 
 class MLA(nnx.Module):
@@ -140,10 +138,6 @@ class MLA(nnx.Module):
     ) -> jax.Array:
         """As `absorbed`, to the rows' pages in one layer, which hold the new tokens already."""
         queries = self._latent_queries(x_BTD, cos_sin)
-        stored = cache.in_bfloat16()
-        if stored is not None and _kernel_accepts(self.runtime, *queries, *stored):
-            where = layer, paging.pages_BZ, paging.position_BT, rope.softmax_scale(self.config)
-            return self._latent_output(mla_decode(*queries, *stored, *where))
 
         def scores(latents: LatentCache):
             return self._latent_scores(*queries, latents), latents.latent_BSL
@@ -216,17 +210,6 @@ class MLA(nnx.Module):
         _, w_uv_LNH = self._up_projections()
         o_BTNH = _dot32("BTNL,LNH->BTNH", o_latent_BTNL.astype(dtype), w_uv_LNH).astype(dtype)
         return self._output(o_BTNH)
-
-
-def _kernel_accepts(runtime: Runtime, *queries_and_cache: jax.Array) -> bool:
-    """Whether attention of few new tokens to a cache runs as one kernel."""
-    if runtime.platform != "gpu":
-        return False
-    try:
-        refuse_decoding(*queries_and_cache)
-    except NotImplementedError:
-        return False
-    return True
 
 
 def _dot32(subscripts: str, *operands: jax.Array) -> jax.Array:

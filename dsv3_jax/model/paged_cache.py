@@ -59,12 +59,7 @@ class PagedCache(NamedTuple):
         )
 
     def written(self, layer: jax.Array, paging: Paging, new: LatentCache) -> "PagedCache":
-        """The cache with the new tokens in one layer; a number that is not finite becomes zero.
-
-        So all that a page ever holds is finite, and whoever reads it whole can weigh with zero what
-        belongs to nobody, or to another row.
-        """
-        new = LatentCache(*(jnp.where(jnp.isfinite(x), x, jnp.zeros((), x.dtype)) for x in new))
+        """The cache with the new tokens in one layer."""
         page_tokens = self.latent_ZSL.shape[-2]
         page_BT = jnp.take_along_axis(paging.pages_BZ, paging.position_BT // page_tokens, axis=1)
         page_BT = jnp.where(paging.mask_BT, page_BT, 0)
@@ -80,12 +75,6 @@ class PagedCache(NamedTuple):
             self.k_rope_ZSR.at[where].set(_bits(new.k_rope_BSR, self.k_rope_ZSR.dtype)),
             scale_ZSC,
         )
-
-    def in_bfloat16(self) -> tuple[jax.Array, jax.Array] | None:
-        """Latents and rope keys of all layers as they are stored; None in another format."""
-        if self.latent_ZSL.dtype != jnp.uint16:
-            return None
-        return _values(self.latent_ZSL), _values(self.k_rope_ZSR)
 
     def read(self, layer: jax.Array, pages_BZ: jax.Array, dtype: jnp.dtype) -> LatentCache:
         """The tokens of some pages of each row, one page after the other, in one layer."""

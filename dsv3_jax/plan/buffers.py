@@ -81,10 +81,11 @@ def moe_layer(config: Config) -> LayerBytes:
     kept = {
         "full": 0.0,
         "paper": inputs + rows.slots * ffn_input * 2 * F,
-        "none": inputs + rows.slots * 4 * 2 * F,
+        "none": inputs + rows.slots * item * 3 * F,
     }[precision.remat]
     if precision.remat == "full":
-        queued = inputs + rows.slots * (row * D + item * 2 * F + 4 * F)
+        product = 4 if is_fp8 else item
+        queued = inputs + rows.slots * (row * D + item * 2 * F + product * F)
     elif is_fp8:
         queued = rows.slots * (row * D + item * 2 * F + 4 * F)
     else:

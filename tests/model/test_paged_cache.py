@@ -1,7 +1,6 @@
 """The paged cache: what is written is read, formats, and attention over pages against `MLA`."""
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +10,6 @@ import pytest
 from flax import nnx
 
 from dsv3_jax.configs.tiny import tiny
-from dsv3_jax.model import mla as mla_module
 from dsv3_jax.model import paged_cache, rope
 from dsv3_jax.model.cache import LatentCache
 from dsv3_jax.model.mla import MLA
@@ -138,39 +136,6 @@ def test_attention_over_pages_equals_attention_over_rows(form, block_tokens, att
             want = expected[row, start : start + count]
             np.testing.assert_allclose(y_BTD[row, :count], want, atol=2e-5)
         start_B += count_B
-
-
-def test_decoding_by_a_kernel_is_the_same(attended, monkeypatch):
-    """The kernel's definition in its place: which pages, positions and layer it gets."""
-    mla, x_BTD, _ = attended
-    pages_BZ, count_B = tables(np.random.default_rng(4)), np.array(LENGTHS)
-    cos_sin = rope.cos_sin(rope.positions(T), CONFIG)
-    cache = PagedCache.zeros(LAYERS, NUM_PAGES, PAGE, L, R, "bfloat16")
-    whole = paging_of(pages_BZ, np.zeros(B, int), count_B, T)
-    cache = cache.written(1, whole, mla.latents(x_BTD, cos_sin))
-    last = paging_of(pages_BZ, np.maximum(count_B - 2, 0), np.minimum(count_B, 2), 2)
-    two_BTD = np.random.default_rng(5).standard_normal((B, 2, CONFIG.width)).astype(np.float32)
-
-    def attend():
-        return mla.absorbed_paged(two_BTD, cache, 1, last, rope.cos_sin(last.position_BT, CONFIG))
-
-    expected = attend()
-    monkeypatch.setattr(mla_module, "_kernel_accepts", lambda *_: True)
-    by_definition = functools.partial(mla_module.mla_decode, implementation="reference")
-    monkeypatch.setattr(mla_module, "mla_decode", by_definition)
-    np.testing.assert_allclose(attend()[count_B > 0], expected[count_B > 0], atol=2e-5)
-
-
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "fp8"])
-def test_what_is_kept_is_finite(dtype):
-    cache = PagedCache.zeros(1, 2, PAGE, L, R, dtype)
-    latent_BSL = jnp.full((1, 3, L), jnp.nan).at[:, 1].set(2.0).at[:, 2, 0].set(jnp.inf)
-    new = LatentCache(latent_BSL, jnp.full((1, 3, R), -jnp.inf))
-    cache = cache.written(0, paging_of([[1]], [0], [3], 3), new)
-    read = cache.read(0, jnp.asarray([[1]]), jnp.float32)
-    assert all(bool(jnp.isfinite(x).all()) for x in read)
-    np.testing.assert_allclose(read.latent_BSL[0, 1], 2.0)
-    assert (read.latent_BSL[0, 0] == 0).all() and (read.k_rope_BSR[0, :3] == 0).all()
 
 
 def test_blocks_are_larger_for_few_new_tokens():

@@ -308,7 +308,7 @@ def test_figure_of_a_profile(tmp_path):
         "Stream #20(Compute)": [("ncclDevKernel_SendRecv(void*)", 10, 10, operation)],
     }
     write_profile(tmp_path, {"/device:GPU:0": streams})
-    arguments = [f"--profile={tmp_path}", f"--figure={tmp_path / 'f.svg'}", "--window_ms=0.1"]
+    arguments = [f"--profile={tmp_path}", f"--trace_figure={tmp_path / 'f.svg'}", "--window_ms=0.1"]
     done = subprocess.run(
         [sys.executable, "-m", "tools.overlap", *arguments],
         capture_output=True,

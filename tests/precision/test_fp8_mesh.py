@@ -34,7 +34,7 @@ def test_evaluation_quantises_to_the_same_numbers(start, one_device):
     graphdef, _ = abstract_state(make_config(model=WITHOUT_MTP), make_mesh())
     evaluate = make_eval_step(graphdef)
     loss = evaluate(start.params, start.router_bias, {"tokens": batch["tokens"][0]})
-    np.testing.assert_allclose(metrics["loss"], loss, rtol=1e-6)
+    np.testing.assert_allclose(metrics["loss"], loss, rtol=5e-6)
 
 
 def test_codes_lie_where_their_masters_do():
