@@ -43,13 +43,14 @@ class Order:
     def locate(self, index: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         """(batch, head, tile along the tokens) of tile number `index`."""
         group_heads = math.gcd(self.group_heads, self.num_heads)
-        group, rest = _divide(index, group_heads * self.num_tiles)
-        tile, head = _divide(rest, group_heads)
-        batch, head = _divide(group * group_heads + head, self.num_heads)
+        group, rest = divide(index, group_heads * self.num_tiles)
+        tile, head = divide(rest, group_heads)
+        batch, head = divide(group * group_heads + head, self.num_heads)
         return batch, head, self.num_tiles - 1 - tile if self.longest_last else tile
 
 
-def _divide(a, b):
+def divide(a, b):
+    """Quotient and remainder of int32 scalars that are not negative."""
     b = jnp.int32(b)
     return lax.div(a, b), lax.rem(a, b)
 

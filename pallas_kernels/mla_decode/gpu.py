@@ -137,8 +137,8 @@ def _parts(
         """body(row, part, first query, first and last block)."""
         index = lax.axis_index("program")
         # Tiles of a part side by side: they share its latents in L2.
-        rest, tile = _divide(index, tiles)
-        row, part = _divide(rest, parts)
+        rest, tile = common.divide(index, tiles)
+        row, part = common.divide(rest, parts)
         first = part * blocks_of_part
         end = jnp.minimum(first + blocks_of_part, ends[row])
         return body(row, part, tile * ROWS, first, end)
@@ -155,7 +155,7 @@ def _parts(
                 pl.when(done >= stages)(lambda: plgpu.barrier_wait(memory["free"].at[slot]))
                 for copy in range(copies):
                     token = block * KEYS + copy * copied
-                    page_of_row, offset = _divide(token, page_tokens)
+                    page_of_row, offset = common.divide(token, page_tokens)
                     # The last block may reach over the table's end, where nothing is seen.
                     page_of_row = jnp.minimum(page_of_row, pages.shape[1] - 1)
                     here = (layer[0], pages[row, page_of_row], pl.ds(offset, copied))
@@ -281,8 +281,3 @@ def _parts(
         *("mla_decode", move, compute, scratch, operands, out_types, programs, interpret),
         reduction_scratch_bytes=1024,
     )
-
-
-def _divide(a, b):
-    b = jnp.int32(b)
-    return lax.div(a, b), lax.rem(a, b)
