@@ -1,4 +1,4 @@
-"""Cross-entropy of rows of logits and its gradient in them, read from memory once."""
+"""Cross-entropy of rows of logits and its gradient in them (spec §4)."""
 
 import jax
 

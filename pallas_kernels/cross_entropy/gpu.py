@@ -1,6 +1,6 @@
 """One program a row, by the Triton back end of Pallas: XLA reads the logits three times, for the
-maximum, the sum and the gradient. Here the second reading comes from L2, which holds the rows that
-are under way (132 of 129,280 float32 are 68 MB at most, less what has not been read yet).
+maximum, the sum and the gradient. Here the second reading can come from L2, as far as that holds the
+rows under way.
 """
 
 from dataclasses import dataclass
