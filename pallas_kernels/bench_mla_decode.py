@@ -44,7 +44,7 @@ def operands(rows: int, heads: int, num_new: int, seed: int) -> tuple[jax.Array,
 
 
 def plain(q_latent, q_rope, latent, k_rope, layer, pages_BZ, position_BT):
-    """As the model does it without the kernel (`MLA.absorbed_paged`)."""
+    """As the model does it (`MLA.absorbed_paged`)."""
     bits = [jax.lax.bitcast_convert_type(x, jnp.uint16) for x in (latent, k_rope)]
 
     def dot(subscripts, *arrays):

@@ -3,10 +3,10 @@
 import jax
 
 from pallas_kernels import dispatch
-from pallas_kernels.mla_decode.gpu import mla_decode_hopper, refuse
+from pallas_kernels.mla_decode.gpu import mla_decode_hopper
 from pallas_kernels.mla_decode.reference import mla_decode_reference
 
-__all__ = ["mla_decode", "refuse"]
+__all__ = ["mla_decode"]
 
 _IMPLEMENTATIONS = {"hopper": mla_decode_hopper, "reference": mla_decode_reference}
 
