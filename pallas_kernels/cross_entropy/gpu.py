@@ -1,6 +1,6 @@
 """One program a row, by the Triton back end of Pallas: XLA reads the logits three times, for the
-maximum, the sum and the gradient. Here the second reading can come from L2, as far as that holds the
-rows under way.
+maximum, the sum and the gradient. Here the second reading can come from L2, as far as that holds
+the rows under way.
 """
 
 from dataclasses import dataclass
