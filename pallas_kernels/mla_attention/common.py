@@ -140,14 +140,17 @@ def launch(
     num_programs: int,
     interpret: Any,
     reduction_scratch_bytes: int = 2048,
+    registers: tuple[int, int] | None = None,
 ) -> list[jax.Array]:
     """Runs `num_programs` (axis "program"): a warp does `body_move`, warpgroups `body_compute`.
 
     Profiles show the kernel under `name`. `reduction_scratch_bytes` of shared memory are for sums
-    across warps; those along a row of a product need none.
+    across warps; those along a row of a product need none. With `registers`, a thread's while it
+    moves and while it computes, a whole warpgroup does `body_move`.
     They take (operands, memory) and (operands, outputs, memory): references, and those of `scratch`
     by name.
     """
+    mover_registers, compute_registers = registers or (MOVER_REGISTERS, COMPUTE_REGISTERS)
 
     def kernel(*refs):
         inputs, outputs = refs[: len(operands)], refs[len(operands) :]
@@ -159,7 +162,9 @@ def launch(
             def _():
                 if interpret:
                     return body_move(inputs, memory)
-                plgpu.set_max_registers(MOVER_REGISTERS, action="decrease")
+                plgpu.set_max_registers(mover_registers, action="decrease")
+                if registers is not None:
+                    return body_move(inputs, memory)
 
                 @pl.core_map(plgpu.WarpMesh(axis_name="warp"))
                 def _():
@@ -168,7 +173,7 @@ def launch(
             @pl.when(jnp.logical_not(is_mover))
             def _():
                 if not interpret:
-                    plgpu.set_max_registers(COMPUTE_REGISTERS, action="increase")
+                    plgpu.set_max_registers(compute_registers, action="increase")
                 body_compute(inputs, outputs, memory)
 
         pl.run_scoped(threads, collective_axes="wg", **scratch)

@@ -42,20 +42,29 @@ def lowered(function, *operands):
 
 
 @pytest.mark.parametrize(
-    ("rows", "num_heads", "num_new", "page_tokens"),
-    [(128, 128, 1, 64), (128, 16, 2, 16), (1, 128, 2, 128)],
+    ("rows", "num_heads", "num_new", "page_tokens", "has_codes"),
+    [
+        (128, 128, 1, 64, False),
+        (128, 16, 2, 16, False),
+        (1, 128, 2, 128, False),
+        (128, 16, 1, 64, True),
+        (1, 128, 2, 32, True),
+    ],
 )
-def test_decoding_lowers(rows, num_heads, num_new, page_tokens):
+def test_decoding_lowers(rows, num_heads, num_new, page_tokens, has_codes):
     array, pages = jax.ShapeDtypeStruct, 4096 // page_tokens
     queries = [array((rows, num_new, num_heads, width), jnp.bfloat16) for width in (512, 64)]
     shape = (2, 1 + rows * pages, page_tokens)
-    cache = [array((*shape, width), jnp.bfloat16) for width in (512, 64)]
+    latent = array((*shape, 512), jnp.float8_e4m3fn if has_codes else jnp.bfloat16)
+    cache = [latent, array((*shape, 64), jnp.bfloat16)]
     integers = [array(s, jnp.int32) for s in ((), (rows, pages), (rows, num_new))]
+    scales = array((*shape[:2], 4, page_tokens), jnp.float32) if has_codes else None
 
-    def decode(*operands):
-        return mla_decode(*operands, 0.1, implementation="hopper")
+    def decode(scales, *operands):
+        options = dict(latent_scale_YZCS=scales, implementation="hopper")
+        return mla_decode(*operands, 0.1, **options)
 
-    assert lowered(decode, *queries, *cache, *integers).count("@mosaic_gpu") == 1
+    assert lowered(decode, scales, *queries, *cache, *integers).count("@mosaic_gpu") == 1
 
 
 @pytest.mark.parametrize("shape", [(1024, 129280), (4096, 32768), (3, 1000)])
