@@ -11,7 +11,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from dsv3_jax.config import ModelConfig
-from dsv3_jax.model import rope
+from dsv3_jax.model import decode_hopper, rope
 from dsv3_jax.model.attention import mla_attention
 from dsv3_jax.model.attention_context import context_attention
 from dsv3_jax.model.attention_fp8 import attend_and_project
@@ -136,19 +136,30 @@ class MLA(nnx.Module):
         paging: Paging,
         cos_sin: rope.CosSin,
     ) -> jax.Array:
-        """As `absorbed`, to the rows' pages in one layer, which hold the new tokens already."""
-        queries = self._latent_queries(x_BTD, cos_sin)
+        """As `absorbed`, to the rows' pages in one layer, which hold the new tokens already.
 
+        By our kernel where it accepts the cache and the queries, else by plain XLA.
+        """
+        queries = self._latent_queries(x_BTD, cos_sin)
+        try:
+            decode_hopper.refuse(*queries, cache, self.runtime)
+        except NotImplementedError:
+            return self._latent_output(self._blockwise_paged(queries, cache, layer, paging))
+        sigma = rope.softmax_scale(self.config)
+        return self._latent_output(decode_hopper.attend(*queries, cache, layer, paging, sigma))
+
+    def _blockwise_paged(
+        self, queries: tuple[jax.Array, jax.Array], cache: PagedCache, layer, paging: Paging
+    ) -> jax.Array:
         def scores(latents: LatentCache):
             return self._latent_scores(*queries, latents), latents.latent_BSL
 
-        o_latent_BTNL = paged_attention(
+        return paged_attention(
             *(cache, layer, paging, scores, _weighted_latents),
             num_heads=self.num_heads,
             width=self.config.kv_latent_dim,
             dtype=self.runtime.compute_dtype,
         )
-        return self._latent_output(o_latent_BTNL)
 
     def naive_paged(
         self,

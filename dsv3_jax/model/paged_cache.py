@@ -38,7 +38,7 @@ class PagedCache(NamedTuple):
 
     latent_ZSL: jax.Array  # after its norm: float32, bits of bfloat16, or of E4M3 with scales
     k_rope_ZSR: jax.Array  # rotated, shared by all heads: float32 or bits of bfloat16
-    scale_ZSC: jax.Array | None  # float32, of 128 latent numbers; they multiply
+    scale_ZCS: jax.Array | None  # float32, of 128 latent numbers; they multiply
 
     @classmethod
     def zeros(
@@ -53,7 +53,7 @@ class PagedCache(NamedTuple):
         shape = layers, pages, page_tokens
         scales = None
         if dtype == "fp8":
-            scales = jnp.zeros((*shape, -(-latent // BLOCK)), jnp.float32)
+            scales = jnp.zeros((layers, pages, -(-latent // BLOCK), page_tokens), jnp.float32)
         return cls(
             jnp.zeros((*shape, latent), latent_bits), jnp.zeros((*shape, rope), rope_bits), scales
         )
@@ -64,30 +64,37 @@ class PagedCache(NamedTuple):
         page_BT = jnp.take_along_axis(paging.pages_BZ, paging.position_BT // page_tokens, axis=1)
         page_BT = jnp.where(paging.mask_BT, page_BT, 0)
         where = layer, page_BT, paging.position_BT % page_tokens
-        latent_BTL, scale_ZSC = new.latent_BSL, self.scale_ZSC
-        if scale_ZSC is not None:
+        latent_BTL, scale_ZCS = new.latent_BSL, self.scale_ZCS
+        if scale_ZCS is not None:
             rows, width = latent_BTL.shape[:2], latent_BTL.shape[-1]
             latent, scale = quantize_tiles_reference(latent_BTL.reshape(-1, width))
             latent_BTL = latent.reshape(*rows, width)
-            scale_ZSC = scale_ZSC.at[where].set(scale.reshape(*rows, -1))
+            there = layer, page_BT, slice(None), where[-1]
+            scale_ZCS = scale_ZCS.at[there].set(scale.reshape(*rows, -1))
         return PagedCache(
             self.latent_ZSL.at[where].set(_bits(latent_BTL, self.latent_ZSL.dtype)),
             self.k_rope_ZSR.at[where].set(_bits(new.k_rope_BSR, self.k_rope_ZSR.dtype)),
-            scale_ZSC,
+            scale_ZCS,
         )
+
+    def values(self) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+        """Latents or their codes, rope keys, and scales of codes, in the formats that they have."""
+        return _values(self.latent_ZSL), _values(self.k_rope_ZSR), self.scale_ZCS
 
     def read(self, layer: jax.Array, pages_BZ: jax.Array, dtype: jnp.dtype) -> LatentCache:
         """The tokens of some pages of each row, one page after the other, in one layer."""
         rows = pages_BZ.shape[0]
 
-        def gathered(x):
-            return _values(x[layer, pages_BZ].reshape(rows, -1, x.shape[-1]))
+        def tokens(x_BZSX):
+            return _values(x_BZSX.reshape(rows, -1, x_BZSX.shape[-1]))
 
-        latent_BSL = gathered(self.latent_ZSL)
-        if self.scale_ZSC is not None:
-            scale_BSC = jnp.repeat(gathered(self.scale_ZSC), BLOCK, axis=-1)
-            latent_BSL = latent_BSL.astype(jnp.float32) * scale_BSC[..., : latent_BSL.shape[-1]]
-        return LatentCache(latent_BSL.astype(dtype), gathered(self.k_rope_ZSR).astype(dtype))
+        latent_BSL = tokens(self.latent_ZSL[layer, pages_BZ])
+        if self.scale_ZCS is not None:
+            scale_BSC = tokens(jnp.swapaxes(self.scale_ZCS[layer, pages_BZ], 2, 3))
+            scale_BSL = jnp.repeat(scale_BSC, BLOCK, axis=-1)[..., : latent_BSL.shape[-1]]
+            latent_BSL = latent_BSL.astype(jnp.float32) * scale_BSL
+        k_rope_BSR = tokens(self.k_rope_ZSR[layer, pages_BZ])
+        return LatentCache(latent_BSL.astype(dtype), k_rope_BSR.astype(dtype))
 
 
 def _bits(x: jax.Array, dtype: jnp.dtype) -> jax.Array:
