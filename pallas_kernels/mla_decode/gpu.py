@@ -33,6 +33,7 @@ class Config:
     keys: int = 64  # tokens of a block: 32 or 64
     stages: int = 2  # blocks in shared memory, as bfloat16
     code_stages: int | None = None  # blocks of codes there; None: the cache has no codes
+    ahead: int = 0  # blocks on their way into L2 before they are copied; 0: none
 
     @property
     def rope_stages(self) -> int:
@@ -234,13 +235,11 @@ def _parts(q_latent, q_rope, last_BM, pages, num_tokens, scale, config, interpre
                     (0, memory["q_rope"], common.transposed(rope)),
                 ]
                 s_QK = ops.multiply([shape], products, lambda read: read(0, 0))
-                last_Q = ops.per_row(own_last[...]).astype(jnp.int32)
-                column_QK = ops.index(shape, 1) + block * keys
-                visible_QK = column_QK <= lax.broadcast_in_dim(last_Q, shape, [0])
-                s_QK = jnp.where(visible_QK, s_QK, MASKED)
+                last_Q = ops.per_row(own_last[...]).astype(jnp.int32) - block * keys
+                visible_QK = ops.index(shape, 1) <= lax.broadcast_in_dim(last_Q, shape, [0])
+                s_QK = jnp.where(visible_QK, s_QK, -jnp.inf)  # no maximum: that starts finite
                 new_Q = jnp.maximum(maximum_Q, s_QK.max(axis=1) * to_log2)
                 p_QK = jnp.exp2(s_QK * to_log2 - lax.broadcast_in_dim(new_Q, shape, [0]))
-                p_QK = jnp.where(visible_QK, p_QK, 0.0)
                 factor_Q = jnp.exp2(maximum_Q - new_Q)
                 sum_Q = sum_Q * factor_Q + p_QK.sum(axis=1)
                 p_QK = lax.optimization_barrier(p_QK.astype(jnp.bfloat16))

@@ -58,10 +58,10 @@ class Loader:
 
 def loader(pages: Pages, config, ops: common.Ops) -> Loader:
     """For a cache of this format."""
-    keys, stages = config.keys, config.stages
+    keys = config.keys
     if pages.latent_scale_YZCS is None:
         copies = keys // min(keys, pages.latent_YZSL.shape[2])
-        return Loader({}, 3 * copies, None, lambda *args: _copy(*args, keys, stages))
+        return Loader({}, 3 * copies, None, lambda *args: _copy(*args, config))
     slots = config.code_stages
     scratch = {
         "codes": plgpu.SMEM((slots, 2 * keys, HALF), jnp.float8_e4m3fn, transforms=CODE_LAYOUT),
@@ -73,14 +73,17 @@ def loader(pages: Pages, config, ops: common.Ops) -> Loader:
     return Loader(scratch, 1, REGISTERS, lambda *args: _dequantise(*args, config, ops))
 
 
-def _copy(pages: Pages, memory, row, first, end, keys, stages) -> None:
+def _copy(pages: Pages, memory, row, first, end, config) -> None:
+    stages = config.stages
+
     @pl.loop(first, end)
     def _(block):
         done = block - first
         slot = lax.rem(done, jnp.int32(stages))
         full = memory["full"].at[slot]
+        _bring_into_l2(pages, row, block, end, config)
         pl.when(done >= stages)(lambda: plgpu.barrier_wait(memory["free"].at[slot]))
-        copies = pages.copies(row, block, keys)
+        copies = pages.copies(row, block, config.keys)
         for page, there, here in copies:
             _copy_halves(pages.latent_YZSL.at[*page, there], memory["latent"], slot, here, full)
             target = memory["rope"].at[slot, here] if len(copies) > 1 else memory["rope"].at[slot]
@@ -96,11 +99,26 @@ def _copy_halves(source_SL, target, slot, here, full) -> None:
         )
 
 
+def _bring_into_l2(pages: Pages, row, block, end, config) -> None:
+    """The block that is `config.ahead` blocks after one that is about to be copied."""
+    if not config.ahead:
+        return
+
+    @pl.when(block + config.ahead < end)
+    def _():
+        for page, there, _ in pages.copies(row, block + config.ahead, config.keys):
+            for half in range(2):
+                columns = pl.ds(half * HALF, HALF)
+                plgpu.async_prefetch(pages.latent_YZSL.at[*page, there, columns])
+            plgpu.async_prefetch(pages.k_rope_YZSR.at[*page, there])
+
+
 def _dequantise(pages: Pages, memory, row, first, end, config, ops: common.Ops) -> None:
     keys, slots = config.keys, config.code_stages
     layout = plgpu.Layout.WGMMA_UPCAST_4X
 
     def fetch(block):
+        _bring_into_l2(pages, row, block, end, config)
         done = block - first
         source = lax.rem(done, jnp.int32(slots))
         full = memory["codes_full"].at[source]
