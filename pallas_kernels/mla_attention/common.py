@@ -140,17 +140,22 @@ def launch(
     num_programs: int,
     interpret: Any,
     reduction_scratch_bytes: int = 2048,
-    registers: tuple[int, int] | None = None,
+    registers: tuple[int, ...] | None = None,
+    moves_together: bool = False,
 ) -> list[jax.Array]:
     """Runs `num_programs` (axis "program"): a warp does `body_move`, warpgroups `body_compute`.
 
     Profiles show the kernel under `name`. `reduction_scratch_bytes` of shared memory are for sums
-    across warps; those along a row of a product need none. With `registers`, a thread's while it
-    moves and while it computes, a whole warpgroup does `body_move`.
+    across warps; those along a row of a product need none.
     They take (operands, memory) and (operands, outputs, memory): references, and those of `scratch`
     by name.
+
+    Args:
+      registers: of a thread that moves, and of each warpgroup that computes; `body_compute` then
+        takes the warpgroup's number too. None: the same for all that compute.
+      moves_together: a warpgroup does `body_move`, not a warp.
     """
-    mover_registers, compute_registers = registers or (MOVER_REGISTERS, COMPUTE_REGISTERS)
+    mover_registers, *compute_registers = registers or (MOVER_REGISTERS, COMPUTE_REGISTERS)
 
     def kernel(*refs):
         inputs, outputs = refs[: len(operands)], refs[len(operands) :]
@@ -163,18 +168,23 @@ def launch(
                 if interpret:
                     return body_move(inputs, memory)
                 plgpu.set_max_registers(mover_registers, action="decrease")
-                if registers is not None:
+                if moves_together:
                     return body_move(inputs, memory)
 
                 @pl.core_map(plgpu.WarpMesh(axis_name="warp"))
                 def _():
                     pl.when(lax.axis_index("warp") == 0)(lambda: body_move(inputs, memory))
 
-            @pl.when(jnp.logical_not(is_mover))
-            def _():
+            def compute(*warpgroup):
                 if not interpret:
-                    plgpu.set_max_registers(compute_registers, action="increase")
-                body_compute(inputs, outputs, memory)
+                    count = compute_registers[sum(warpgroup)]
+                    plgpu.set_max_registers(count, action="increase")
+                body_compute(inputs, outputs, memory, *warpgroup)
+
+            if registers is None:
+                return pl.when(jnp.logical_not(is_mover))(compute)
+            for warpgroup in range(WARPGROUPS):
+                pl.when(lax.axis_index("wg") == warpgroup)(lambda i=warpgroup: compute(i))
 
         pl.run_scoped(threads, collective_axes="wg", **scratch)
 

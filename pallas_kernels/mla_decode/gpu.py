@@ -177,11 +177,10 @@ def _parts(q_latent, q_rope, last_BM, pages, num_tokens, scale, config, interpre
 
         own_part(pages.length_B, one_part)
 
-    def compute(inputs, outputs, memory):
+    def compute(inputs, outputs, memory, warpgroup):
         q_latent, q_rope, last, *rest = inputs
         length_B = pages_of(rest).length_B
         o, lse = outputs
-        is_first = lax.axis_index("wg") == 0
         full, free, weights_full, weights_free = (
             memory[name] for name in ("full", "free", "weights_full", "weights_free")
         )
@@ -288,8 +287,7 @@ def _parts(q_latent, q_rope, last_BM, pages, num_tokens, scale, config, interpre
             rows = pl.ds(query, ROWS)
             plgpu.copy_smem_to_gmem(memory["q_second"], o.at[row, part, rows, pl.ds(HALF, HALF)])
 
-        pl.when(is_first)(lambda: own_part(length_B, scores_and_first_half))
-        pl.when(jnp.logical_not(is_first))(lambda: own_part(length_B, output_of_second_half))
+        own_part(length_B, (scores_and_first_half, output_of_second_half)[warpgroup])
         plgpu.wait_smem_to_gmem(0)
 
     out_types = (
@@ -301,4 +299,5 @@ def _parts(q_latent, q_rope, last_BM, pages, num_tokens, scale, config, interpre
         *("mla_decode", move, compute, scratch, operands, out_types, programs, interpret),
         reduction_scratch_bytes=1024,
         registers=loader.registers,
+        moves_together=config.code_stages is not None,
     )

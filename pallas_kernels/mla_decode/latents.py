@@ -18,8 +18,8 @@ from pallas_kernels.mla_decode.reference import TILE
 
 HALF, ROPE = 256, 64
 CODE_LAYOUT = (plgpu.TilingTransform((8, 128)), plgpu.SwizzleTransform(128))
-# A thread's, while it dequantises and while it multiplies: three warpgroups have 504 in all.
-REGISTERS = (56, 224)
+# Of a thread of the three warpgroups, 504 in all: scores need more than an output alone.
+COPY_REGISTERS, DEQUANTISE_REGISTERS = (24, 256, 224), (56, 240, 208)
 
 
 class Pages(NamedTuple):
@@ -52,7 +52,7 @@ class Loader:
 
     scratch: dict  # that it needs for itself
     arrivals: int  # at `full`, of a block
-    registers: tuple[int, int] | None  # as `common.launch` takes them
+    registers: tuple[int, ...]  # as `common.launch` takes them
     move: Callable
 
 
@@ -61,7 +61,7 @@ def loader(pages: Pages, config, ops: common.Ops) -> Loader:
     keys = config.keys
     if pages.latent_scale_YZCS is None:
         copies = keys // min(keys, pages.latent_YZSL.shape[2])
-        return Loader({}, 3 * copies, None, lambda *args: _copy(*args, config))
+        return Loader({}, 3 * copies, COPY_REGISTERS, lambda *args: _copy(*args, config))
     slots = config.code_stages
     scratch = {
         "codes": plgpu.SMEM((slots, 2 * keys, HALF), jnp.float8_e4m3fn, transforms=CODE_LAYOUT),
@@ -70,7 +70,7 @@ def loader(pages: Pages, config, ops: common.Ops) -> Loader:
         # Halves, scales of tiles, rope keys.
         "codes_full": plgpu.Barrier(num_arrivals=2 + 2 * HALF // TILE + 1, num_barriers=slots),
     }
-    return Loader(scratch, 1, REGISTERS, lambda *args: _dequantise(*args, config, ops))
+    return Loader(scratch, 1, DEQUANTISE_REGISTERS, lambda *args: _dequantise(*args, config, ops))
 
 
 def _copy(pages: Pages, memory, row, first, end, config) -> None:
