@@ -159,19 +159,19 @@ def _parts(q_latent, q_rope, last_BM, pages, num_tokens, scale, config, interpre
     }
 
     def own_part(length_B, body):
-        """body(row, part, first query, first and last block)."""
+        """body(row, part, first query, first block and end, tokens of the row)."""
         index = lax.axis_index("program")
         # Tiles of a part side by side: they share its latents in L2.
         rest, tile = common.divide(index, tiles)
         row, part = common.divide(rest, parts)
-        first = part * blocks_of_part
-        end = jnp.minimum(first + blocks_of_part, lax.div(length_B[row] + (keys - 1), keys))
-        return body(row, part, tile * ROWS, first, end)
+        first, length = part * blocks_of_part, length_B[row]
+        end = jnp.minimum(first + blocks_of_part, lax.div(length + (keys - 1), keys))
+        return body(row, part, tile * ROWS, first, end, length)
 
     def move(inputs, memory):
         pages = pages_of(inputs[3:])
 
-        def one_part(row, part, query, first, end):
+        def one_part(row, part, query, first, end, length):
             loader.move(pages, memory, row, first, end)
             common.wait_for_rest(memory["free"], jnp.maximum(end - first, 0), stages)
 
@@ -210,7 +210,7 @@ def _parts(q_latent, q_rope, last_BM, pages, num_tokens, scale, config, interpre
         def add(o_QH, weights, values):
             return ops.multiply([o_QH], [(0, weights, values)], lambda read: read(0, 0))
 
-        def scores_and_first_half(row, part, query, first, end):
+        def scores_and_first_half(row, part, query, first, end, length):
             rows = pl.ds(query, ROWS)
             for source, target in (
                 (q_latent.at[row, rows, pl.ds(0, HALF)], "q_first"),
@@ -226,7 +226,7 @@ def _parts(q_latent, q_rope, last_BM, pages, num_tokens, scale, config, interpre
                 done = block - first
                 slot, first_half, second_half, rope = block_of(done)
                 plgpu.barrier_wait(full.at[slot])
-                tokens_left = length_B[row] - block * keys
+                tokens_left = length - block * keys
                 pl.when(tokens_left < keys)(lambda: clear_rest(slot, tokens_left))
                 products = [
                     (0, memory["q_first"], common.transposed(first_half)),
@@ -267,7 +267,7 @@ def _parts(q_latent, q_rope, last_BM, pages, num_tokens, scale, config, interpre
             plgpu.copy_smem_to_gmem(memory["q_first"], o.at[row, part, rows, pl.ds(0, HALF)])
             plgpu.copy_smem_to_gmem(last_lse, lse.at[row, part, rows])
 
-        def output_of_second_half(row, part, query, first, end):
+        def output_of_second_half(row, part, query, first, end, length):
             def step(block, o_QH):
                 slot, _, second_half, _ = block_of(block - first)
                 plgpu.barrier_wait(full.at[slot])
