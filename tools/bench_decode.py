@@ -40,6 +40,7 @@ _DENSE = flags.DEFINE_integer("dense_layers", 1, "of them with a dense FFN", low
 _EXPERTS = flags.DEFINE_integer("experts", 64, "routed experts a layer", lower_bound=1)
 _BATCH = flags.DEFINE_list("batch", ["1", "32", "128"], "rows")
 _CONTEXT = flags.DEFINE_integer("context", 4096, "tokens of a row", lower_bound=64)
+_CACHE = flags.DEFINE_enum("cache_dtype", "bfloat16", ["bfloat16", "fp8"], "of ours")
 _STEPS = flags.DEFINE_integer("steps", 24, "timed steps", lower_bound=4)
 _PEER = flags.DEFINE_list("peer", ["eager", "compiled"], "peers: eager, compiled; none for neither")
 _SECONDS = flags.DEFINE_integer("seconds", 120, "that ours may take", lower_bound=1)
@@ -113,14 +114,21 @@ def random_inputs(config: ModelConfig, num_rows: int, context: int):
 
     pages_per_row = context // PAGE_TOKENS
     options = EngineOptions(
-        max_rows=num_rows, context_tokens=context, page_tokens=PAGE_TOKENS, prefill_chunk=1
+        max_rows=num_rows,
+        context_tokens=context,
+        page_tokens=PAGE_TOKENS,
+        prefill_chunk=1,
+        cache_dtype=_CACHE.value,
     )
     state = programs.new_state(config, options, num_rows * pages_per_row, None)
 
     @jax.jit(donate_argnums=0)
     def noise(bits):
+        if bits.dtype == jnp.float32:  # scales of codes
+            return jnp.ones_like(bits)
         values = jax.random.normal(jax.random.key(1, impl="rbg"), bits.shape, jnp.bfloat16)
-        return jax.lax.bitcast_convert_type(values, bits.dtype)
+        stored = values.astype(jnp.bfloat16 if bits.dtype == jnp.uint16 else jnp.float8_e4m3fn)
+        return jax.lax.bitcast_convert_type(stored, bits.dtype)
 
     greedy = rows_of([Sampling(temperature=0.0)] * num_rows, config.vocab_size)
     state = state._replace(
