@@ -120,7 +120,11 @@ def main(argv: list[str]) -> None:
     is_right = True
     for cache in _CACHE.value:
         for name, config in configs(cache).items():
-            error = error_of(config, cache)
+            try:
+                error = error_of(config, cache)
+            except ValueError as problem:  # it needs more shared memory than there is
+                print(f"{cache}, {name} failed: {str(problem)[:90]}")
+                continue
             is_right &= error <= MAX_ERROR
             print(f"{cache}, {name}: error against float32 {error:.1e}", flush=True)
     print("| rows, heads, new tokens | cache, what | us | TFLOP/s | TB/s |\n|---|---|---|---|---|")
