@@ -11,6 +11,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.moe_permute import unpermute_sum
+
 
 class Routes(NamedTuple):
     """A map from X source rows to M slots, at most K slots a row; out of range means none."""
@@ -43,11 +45,7 @@ def _spread(x_XD: jax.Array, routes: Routes) -> jax.Array:
 
 def _collect(y_MD: jax.Array, routes: Routes) -> jax.Array:
     """y_MD -> [X, D]: the sum of each source row's slots, added in float32."""
-    # K gathers and adds, which fuse into one pass, instead of a [X, K, D] array and its reduction.
-    total_XD = jnp.zeros((routes.slot_XK.shape[0], *y_MD.shape[1:]), jnp.float32)
-    for slot_X in routes.slot_XK.T:
-        total_XD += y_MD.at[slot_X].get(mode="fill", fill_value=0)
-    return total_XD.astype(y_MD.dtype)
+    return unpermute_sum(y_MD, routes.slot_XK)
 
 
 spread, collect = transposed_pair(_spread, _collect)

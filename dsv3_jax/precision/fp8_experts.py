@@ -35,7 +35,8 @@ from dsv3_jax.precision.fp8_ffn import swiglu_gradients
 from dsv3_jax.precision.fp8_grouped import grouped_product, grouped_weight_gradient
 from dsv3_jax.precision.fp8_weight import Fp8Weight
 from dsv3_jax.precision.policy import LINEARS, Fp8Recipe
-from pallas_kernels import pack_rows, unpack_rows
+from pallas_kernels import pack_rows
+from pallas_kernels.moe_permute import permute_packed_rows
 from pallas_kernels.quantize.reference import BLOCK
 
 _TOKENS_POWER_OF_TWO = LINEARS["expert_w13"].power_of_two_input
@@ -102,7 +103,7 @@ def _received(how: _How, codes: Quantized, routing: _Routing) -> jax.Array:
 
 def _in_slots(payload_RW: jax.Array, width: int, routing: _Routing) -> Quantized:
     """Codes and scales of the received rows in the slots of experts; zeros in empty slots."""
-    return unpack_rows(spread(payload_RW, routing.rows), width)
+    return permute_packed_rows(payload_RW, routing.rows.row_M, width)
 
 
 def _from_experts(how: _How, y_MD: jax.Array, routing: _Routing) -> jax.Array:
