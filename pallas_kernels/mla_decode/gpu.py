@@ -33,7 +33,6 @@ class Config:
     keys: int = 64  # tokens of a block: 32 or 64
     stages: int = 2  # blocks in shared memory, as bfloat16
     code_stages: int | None = None  # blocks of codes there; None: the cache has no codes
-    ahead: int = 0  # blocks on their way into L2 before they are copied; 0: none
 
     @property
     def rope_stages(self) -> int:
@@ -42,7 +41,7 @@ class Config:
 
 
 DEFAULT = Config()
-DEFAULT_CODES = Config(keys=32, code_stages=3)
+DEFAULT_CODES = Config(keys=32, code_stages=2)
 
 
 def refuse(

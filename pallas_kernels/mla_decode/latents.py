@@ -81,7 +81,6 @@ def _copy(pages: Pages, memory, row, first, end, config) -> None:
         done = block - first
         slot = lax.rem(done, jnp.int32(stages))
         full = memory["full"].at[slot]
-        _bring_into_l2(pages, row, block, end, config)
         pl.when(done >= stages)(lambda: plgpu.barrier_wait(memory["free"].at[slot]))
         copies = pages.copies(row, block, config.keys)
         for page, there, here in copies:
@@ -99,26 +98,11 @@ def _copy_halves(source_SL, target, slot, here, full) -> None:
         )
 
 
-def _bring_into_l2(pages: Pages, row, block, end, config) -> None:
-    """The block that is `config.ahead` blocks after one that is about to be copied."""
-    if not config.ahead:
-        return
-
-    @pl.when(block + config.ahead < end)
-    def _():
-        for page, there, _ in pages.copies(row, block + config.ahead, config.keys):
-            for half in range(2):
-                columns = pl.ds(half * HALF, HALF)
-                plgpu.async_prefetch(pages.latent_YZSL.at[*page, there, columns])
-            plgpu.async_prefetch(pages.k_rope_YZSR.at[*page, there])
-
-
 def _dequantise(pages: Pages, memory, row, first, end, config, ops: common.Ops) -> None:
     keys, slots = config.keys, config.code_stages
     layout = plgpu.Layout.WGMMA_UPCAST_4X
 
     def fetch(block):
-        _bring_into_l2(pages, row, block, end, config)
         done = block - first
         source = lax.rem(done, jnp.int32(slots))
         full = memory["codes_full"].at[source]

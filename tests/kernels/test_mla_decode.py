@@ -140,7 +140,7 @@ needs_interpreter = pytest.mark.skipif(
     ("lengths", "num_heads", "num_new", "page_tokens", "config"),
     [
         ([130, 65], 3, 2, 16, Config(parts=1)),
-        ([200, 20], 70, 1, 64, Config(parts=2, ahead=1)),
+        ([200, 20], 70, 1, 64, Config(parts=2)),
         ([70, 33], 3, 1, 16, Config(parts=1, keys=32, stages=4)),
     ],
 )
