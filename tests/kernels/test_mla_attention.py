@@ -8,6 +8,7 @@ import pytest
 from pallas_kernels import mla_attention as mla
 from pallas_kernels.checking import relative_error
 from pallas_kernels.mla_attention import common, gpu
+from pallas_kernels.mla_attention.operands import WIDTHS
 from pallas_kernels.mla_attention.reference import (
     document_starts,
     mla_attention_reference,
@@ -23,7 +24,7 @@ SCALE = 192**-0.5
 ROUNDED_ERROR = 4e-3  # of bfloat16 results whose weights were rounded to bfloat16 too
 
 
-def draw(num_tokens, num_heads, dtype=jnp.bfloat16, widths=gpu.WIDTHS, batch=1):
+def draw(num_tokens, num_heads, dtype=jnp.bfloat16, widths=WIDTHS, batch=1):
     """q_nope, q_rope, k_nope, k_rope, v and a gradient of the output."""
     P, R, H = widths
     shapes = [(num_tokens, num_heads, width) for width in (P, R, P, H, H)]
