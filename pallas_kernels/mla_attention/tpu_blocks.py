@@ -21,7 +21,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.tpu_gemm import LANES
 
-VMEM_BYTES = 48 * 2**20  # that a kernel may take: all chips have 64 MiB or more
+VMEM_BYTES = 32 * 2**20  # that a kernel may take; every chip has 64 MiB or more
 
 
 @dataclass(frozen=True)
