@@ -51,7 +51,9 @@ def backward_hopper(
     refuse(inputs, interpret)
     num_tokens = q_nope_BTNP.shape[1]
     delta_BNT = output_products(o_BTNH, do_BTNH)
-    *inputs, do_BTNH, starts_BT = whole_tiles(TILE, *inputs, do_BTNH.astype(v_BTNH.dtype), starts_BT)
+    *inputs, do_BTNH, starts_BT = whole_tiles(
+        TILE, *inputs, do_BTNH.astype(v_BTNH.dtype), starts_BT
+    )
     rest = -num_tokens % TILE
     # A padded query's gradient is zero whatever its weights are, as long as they are finite.
     lse_BNT, delta_BNT = (jnp.pad(x, ((0, 0), (0, 0), (0, rest))) for x in (lse_BNT, delta_BNT))

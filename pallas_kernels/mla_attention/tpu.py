@@ -1,4 +1,4 @@
-"""Both passes on TPU: heads before tokens and whole blocks for the kernels, and what they refuse."""
+"""Both passes on TPU: arrays in heads and whole blocks for the kernels, and what they refuse."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""TPU kernel of the forward pass: a block of queries of some heads, online softmax over its keys."""
+"""TPU kernel of the forward pass: online softmax over the keys that a block of queries sees."""
 
 import jax
 import jax.numpy as jnp
@@ -7,8 +7,15 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.mla_attention import tpu_blocks as blocks
 from pallas_kernels.mla_attention.tpu_blocks import joined
-from pallas_kernels.mla_attention.tpu_common import LOG2E, MASKED, Softmax, column, multiply, row
-from pallas_kernels.mla_attention.tpu_common import wide
+from pallas_kernels.mla_attention.tpu_common import (
+    LOG2E,
+    MASKED,
+    Softmax,
+    column,
+    multiply,
+    row,
+    wide,
+)
 from pallas_kernels.tpu_gemm import LANES
 
 

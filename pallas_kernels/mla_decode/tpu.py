@@ -182,5 +182,5 @@ def _visits(position_BT: jax.Array, page_tokens: int, copies: int, limit: int) -
     num_pages_B = position_BT.max(axis=1) // page_tokens + 1
     end_B = jnp.cumsum(pl.cdiv(num_pages_B, copies))
     first = jnp.concatenate([jnp.zeros(1, end_B.dtype), end_B])
-    row_X = jnp.searchsorted(end_B, jnp.arange(limit), side="right")
+    row_X = jnp.sum(jnp.arange(limit)[:, None] >= end_B, axis=1)
     return Visits(first, jnp.minimum(row_X, len(end_B) - 1), num_pages_B)
