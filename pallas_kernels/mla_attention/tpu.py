@@ -1,5 +1,7 @@
 """Both passes on TPU: arrays in heads and whole blocks for the kernels, and what they refuse."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -20,7 +22,7 @@ def forward_tpu(
     starts_BT: jax.Array | None,
     scale: float,
     config: Config = DEFAULT,
-    interpret: bool = False,
+    interpret: Any = False,
 ) -> tuple[jax.Array, jax.Array]:
     """As `mla_attention_reference`, for bfloat16 and DeepSeek's widths.
 
@@ -47,7 +49,7 @@ def backward_tpu(
     lse_BNT: jax.Array,
     do_BTNH: jax.Array,
     config: Config = DEFAULT,
-    interpret: bool = False,
+    interpret: Any = False,
 ) -> tuple[jax.Array, ...]:
     """The gradients of the five inputs; raises as `forward_tpu`."""
     inputs = (q_nope_BTNP, q_rope_BTNR, k_nope_BTNP, k_rope_BTR, v_BTNH)

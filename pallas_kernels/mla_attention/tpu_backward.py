@@ -6,6 +6,8 @@ That of keys and values has scores with keys along the sublanes: its products th
 they lie, and what belongs to a query is a row. `delta` is the sum over a row of do * o.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
@@ -19,7 +21,7 @@ from pallas_kernels.tpu_gemm import LANES
 
 def query_gradients(
     q_nope_BNTP, q_rope_BNTR, k_nope_BNTP, k_rope_BTR, v_BNTH, starts_BT, scale,
-    do_BNTH, lse_BNT, delta_BNT, config: blocks.Config, interpret: bool,
+    do_BNTH, lse_BNT, delta_BNT, config: blocks.Config, interpret: Any,
 ) -> list[jax.Array]:  # fmt: skip
     """dq_nope_BNTP and dq_rope_BNTR."""
     B, N, T, P = q_nope_BNTP.shape
@@ -80,7 +82,7 @@ def query_gradients(
 
 def key_value_gradients(
     q_nope_BNTP, q_rope_BNTR, k_nope_BNTP, k_rope_BTR, v_BNTH, starts_BT, scale,
-    do_BNTH, lse_BNT, delta_BNT, config: blocks.Config, interpret: bool,
+    do_BNTH, lse_BNT, delta_BNT, config: blocks.Config, interpret: Any,
 ) -> list[jax.Array]:  # fmt: skip
     """dk_nope_BNTP, dk_rope_BTR (summed over the heads in float32) and dv_BNTH."""
     B, N, T, P = k_nope_BNTP.shape

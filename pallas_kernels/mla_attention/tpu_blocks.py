@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -122,7 +122,7 @@ class Blocks:
         operands: dict[str, tuple[jax.Array, str]],
         outputs: dict[str, tuple[jax.ShapeDtypeStruct, str]],
         scratch: dict,
-        interpret: bool,
+        interpret: Any,
     ) -> list[jax.Array]:
         """Runs body(step, bounds, references by name); operands and outputs come with sides."""
 

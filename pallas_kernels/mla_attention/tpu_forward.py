@@ -1,5 +1,7 @@
 """TPU kernel of the forward pass: online softmax over the keys that a block of queries sees."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
@@ -28,7 +30,7 @@ def forward(
     starts_BT: jax.Array | None,
     scale: float,
     config: blocks.Config,
-    interpret: bool,
+    interpret: Any,
 ) -> tuple[jax.Array, jax.Array]:
     """o_BNTH and lse_BNT, for bfloat16, whole blocks of tokens and starts that ascend."""
     B, N, T, H = v_BNTH.shape

@@ -1,15 +1,15 @@
 """TPU kernel: the queries of a row (heads, and new tokens) against its pages, block after block.
 
-Pages are copied by hand: a block of them, as many as the row still has, while blocks before it are
-multiplied, over the end of a row into the next. A block of latents is read once, as keys and as
-values. Rows are split between the cores of a chip that joins two in one device.
+Pages are copied by hand: a block of them while blocks before it are multiplied, over the end of a
+row into the next. A block of latents is read once, as keys and as values. Rows are split between
+the cores of a chip that joins two in one device.
 
 Letters: `__init__.py`; M queries of a row, T N of them in whole registers; Q and K queries and
 tokens of a step; V visits, of a block of a row's tokens each; X visits of all rows.
 """
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -29,7 +29,7 @@ VMEM_BYTES = 32 * 2**20
 
 @dataclass(frozen=True)
 class Config:
-    tokens: int = 512  # of a block, where pages are not larger: whole pages, and a multiple of 128
+    tokens: int = 1024  # of a block, where pages are not larger: whole pages, and a multiple of 128
     stages: int = 3  # blocks in memory, all but one of them on their way
 
 
@@ -72,9 +72,13 @@ def mla_decode_tpu(
     position_BT: jax.Array,
     scale: float,
     config: Config = DEFAULT,
-    interpret: bool = False,
+    interpret: Any = False,
 ) -> jax.Array:
     """As `mla_decode_reference`; weights are rounded to bfloat16.
+
+    The kernel reads pages in rows, the last dim innermost. XLA gives arrays that are 64 wide another
+    layout by itself, and then copies all of `k_rope_YZSR` before every call: a caller that keeps a
+    cache asks for this layout (`jax.experimental.layout.Format`).
 
     Raises:
       NotImplementedError: other operands.
@@ -88,7 +92,7 @@ def mla_decode_tpu(
     cores = 1 if B % 2 else 2
     rows = B // cores
     position_BT = position_BT.astype(jnp.int32)
-    visits = _visits(position_BT, page_tokens, copies, B * pl.cdiv(pages_BZ.shape[1], copies))
+    visits = _visits(position_BT, page_tokens, pages_BZ.shape[1], copies)
 
     def kernel(
         first, row_of, num_pages, layer, pages, positions, q_latent, q_rope, latent, k_rope, o,
@@ -98,26 +102,27 @@ def mla_decode_tpu(
         row = core * rows + row_of_core
         core_begin, core_end = first[core * rows], first[(core + 1) * rows]
 
-        def each_copy(visit, do):
-            """do(copy) for those of a visit."""
-            row, slot = row_of[visit], lax.rem(visit, jnp.int32(stages))
-            done = (visit - first[row]) * copies
-
-            @pl.loop(0, jnp.minimum(num_pages[row] - done, copies))
-            def _(i):
-                here = (layer[0], pages[row, done + i])
+        def start(visit):
+            # No branches: where a row has no more pages its last is copied again, and so is the
+            # block of the core's last visit, which leaves nothing unset that is multiplied by zero.
+            slot, visit = lax.rem(visit, jnp.int32(stages)), jnp.minimum(visit, core_end - 1)
+            row = row_of[visit]
+            for i in range(copies):
+                number = (visit - first[row]) * copies + i
+                here = (layer[0], pages[row, jnp.minimum(number, num_pages[row] - 1)])
                 for source, target in ((latent, latents), (k_rope, ropes)):
                     there = target.at[slot, i]
-                    do(pltpu.make_async_copy(source.at[*here], there, full.at[slot]))
+                    pltpu.make_async_copy(source.at[*here], there, full.at[slot]).start()
 
-        def start(visit):
-            pl.when(visit < core_end)(lambda: each_copy(visit, lambda copy: copy.start()))
+        def wait(visit):
+            slot = lax.rem(visit, jnp.int32(stages))
+            for target in (latents, ropes):  # for the bytes of all their copies at once
+                there = target.at[slot]
+                pltpu.make_async_copy(there, there, full.at[slot]).wait()
+            return slot
 
         @pl.when(row_of_core == 0)
         def _():
-            # What no page ever fills is multiplied by zero, so it must be finite.
-            latents[...] = jnp.zeros(latents.shape, latents.dtype)
-            ropes[...] = jnp.zeros(ropes.shape, ropes.dtype)
             for ahead in range(stages - 1):
                 start(core_begin + ahead)
 
@@ -130,9 +135,8 @@ def mla_decode_tpu(
 
         @pl.loop(first[row], first[row + 1])
         def _(visit):
+            slot = wait(visit)
             start(visit + stages - 1)
-            each_copy(visit, lambda copy: copy.wait())
-            slot = lax.rem(visit, jnp.int32(stages))
             latent_KL = latents[slot].reshape(tokens, L)
             rope_KR = ropes[slot].reshape(tokens, R)
             s_QK = multiply(q_latent[...], latent_KL, (1, 1))
@@ -142,6 +146,11 @@ def mla_decode_tpu(
 
         o[...] = softmax.output()[0].astype(o.dtype)
 
+        @pl.when(row_of_core == rows - 1)
+        def _():
+            for ahead in range(stages - 1):
+                wait(core_end + ahead)
+
     def flat(x_BTNX):
         x_BMX = x_BTNX.reshape(B, T * N, -1)
         return jnp.pad(x_BMX, ((0, 0), (0, M - T * N), (0, 0)))
@@ -149,7 +158,9 @@ def mla_decode_tpu(
     def of_row(width):
         return pl.BlockSpec((None, M, width), lambda core, row, *_: (core * rows + row, 0, 0))
 
-    scalars = (*visits, jnp.reshape(layer, (1,)), pages_BZ)
+    # The kernel checks no bounds, which would take the scalar unit longer than the copies.
+    layer_1 = jnp.reshape(layer, (1,)).clip(0, latent_YZSL.shape[0] - 1)
+    scalars = (*visits, layer_1, pages_BZ.clip(0, latent_YZSL.shape[1] - 1))
     o_BML = pl.pallas_call(
         kernel,
         out_shape=jax.ShapeDtypeStruct((B, M, L), q_latent_BTNL.dtype),
@@ -166,7 +177,9 @@ def mla_decode_tpu(
             ],
         ),
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=VMEM_BYTES
+            dimension_semantics=("parallel", "arbitrary"),
+            vmem_limit_bytes=VMEM_BYTES,
+            disable_bounds_checks=True,
         ),
         interpret=interpret,
         name="mla_decode",
@@ -177,10 +190,11 @@ def mla_decode_tpu(
     return o_BML[:, : T * N].reshape(B, T, N, L)
 
 
-def _visits(position_BT: jax.Array, page_tokens: int, copies: int, limit: int) -> Visits:
-    """Of blocks of `copies` pages; `limit`: at least as many as there are."""
-    num_pages_B = position_BT.max(axis=1) // page_tokens + 1
+def _visits(position_BT: jax.Array, page_tokens: int, table_pages: int, copies: int) -> Visits:
+    """Of blocks of `copies` pages, of rows that have at most `table_pages`."""
+    num_pages_B = jnp.minimum(position_BT.max(axis=1) // page_tokens + 1, table_pages)
     end_B = jnp.cumsum(pl.cdiv(num_pages_B, copies))
     first = jnp.concatenate([jnp.zeros(1, end_B.dtype), end_B])
-    row_X = jnp.sum(jnp.arange(limit)[:, None] >= end_B, axis=1)
-    return Visits(first, jnp.minimum(row_X, len(end_B) - 1), num_pages_B)
+    visit_X = jnp.arange(len(end_B) * pl.cdiv(table_pages, copies))
+    row_X = jnp.sum(visit_X[:, None] >= end_B, axis=1)  # after the last there is no row
+    return Visits(first, row_X, num_pages_B)

@@ -66,14 +66,20 @@ def test_attention_of_the_model_compiles_on_a_mesh(devices):
 
 
 @pytest.mark.parametrize(
-    ("rows", "num_heads", "num_new", "page_tokens"),
-    [(128, 128, 1, 64), (128, 128, 2, 64), (128, 16, 1, 64), (128, 16, 2, 16), (1, 128, 2, 1024)],
+    ("rows", "num_tokens", "num_heads", "num_new", "page_tokens"),
+    [
+        (128, 4096, 128, 1, 64),
+        (128, 4096, 128, 2, 64),
+        (128, 4096, 16, 1, 64),
+        (1, 4096, 16, 2, 1024),
+        (16, 131072, 128, 2, 16),  # as many pages as a table may have
+    ],
 )
-def test_decoding_compiles(device, rows, num_heads, num_new, page_tokens):
+def test_decoding_compiles(device, rows, num_tokens, num_heads, num_new, page_tokens):
     """Without a copy of the cache, where the caller keeps it in rows."""
     sharding = SingleDeviceSharding(device)
     in_rows = Format(Layout((0, 1, 2, 3)), sharding)
-    array, pages = jax.ShapeDtypeStruct, 4096 // page_tokens
+    array, pages = jax.ShapeDtypeStruct, num_tokens // page_tokens
     queries = [
         array((rows, num_new, num_heads, width), jnp.bfloat16, sharding=sharding)
         for width in (512, 64)
