@@ -28,8 +28,8 @@ def query_gradients(
     R = q_rope_BNTR.shape[-1]
     grid = blocks.Blocks(blocks.keys_of_queries, (B, N, T), config)
     tokens, heads = grid.tokens, grid.heads
-    inputs = (q_nope_BNTP, q_rope_BNTR, k_nope_BNTP, k_rope_BTR, v_BNTH, starts_BT)
-    operands = _operands(*inputs, do_BNTH, lse_BNT, delta_BNT)
+    inputs = (q_nope_BNTP, q_rope_BNTR, k_nope_BNTP, k_rope_BTR, v_BNTH)
+    operands = _operands(inputs, starts_BT, do_BNTH, lse_BNT, delta_BNT)
     outputs = {
         "dq_nope": (jax.ShapeDtypeStruct(q_nope_BNTP.shape, q_nope_BNTP.dtype), "query"),
         "dq_rope": (jax.ShapeDtypeStruct(q_rope_BNTR.shape, q_rope_BNTR.dtype), "query"),
@@ -89,8 +89,8 @@ def key_value_gradients(
     R, H = k_rope_BTR.shape[-1], v_BNTH.shape[-1]
     grid = blocks.Blocks(blocks.queries_of_keys, (B, N, T), config)
     tokens, heads = grid.tokens, grid.heads
-    inputs = (q_nope_BNTP, q_rope_BNTR, k_nope_BNTP, k_rope_BTR, v_BNTH, starts_BT)
-    operands = _operands(*inputs, do_BNTH, lse_BNT, delta_BNT)
+    inputs = (q_nope_BNTP, q_rope_BNTR, k_nope_BNTP, k_rope_BTR, v_BNTH)
+    operands = _operands(inputs, starts_BT, do_BNTH, lse_BNT, delta_BNT)
     outputs = {
         f"d{name}": (jax.ShapeDtypeStruct(like.shape, like.dtype), "key")
         for name, like in (("k_nope", k_nope_BNTP), ("k_rope", k_rope_BTR), ("v", v_BNTH))
@@ -142,20 +142,13 @@ def key_value_gradients(
     return grid.launch("mla_dkv", body, limits, operands, outputs, scratch, interpret)
 
 
-def _operands(q_nope, q_rope, k_nope, k_rope, v, starts_BT, do, lse_BNT, delta_BNT) -> dict:
-    operands = {
-        "q_nope": (q_nope, "query"),
-        "q_rope": (q_rope, "query"),
-        "k_nope": (k_nope, "key"),
-        "k_rope": (k_rope, "key"),
-        "v": (v, "key"),
-        "do": (do, "query"),
+def _operands(inputs, starts_BT, do_BNTH, lse_BNT, delta_BNT) -> dict:
+    """With the log-sum-exp as a power of two."""
+    return blocks.operands(inputs, starts_BT) | {
+        "do": (do_BNTH, "query"),
         "lse": (lse_BNT[:, :, None] * LOG2E, "query"),
         "delta": (delta_BNT[:, :, None], "query"),
     }
-    if starts_BT is not None:
-        operands["starts"] = (starts_BT[:, None], "query")
-    return operands
 
 
 def _weights(s: jax.Array, visible: jax.Array | None, lse: jax.Array, scale: float) -> jax.Array:

@@ -158,6 +158,19 @@ class Blocks:
         )(*limits, *(array for array, _ in operands.values()))
 
 
+def operands(inputs: tuple[jax.Array, ...], starts_BT: jax.Array | None) -> dict:
+    """The five inputs, heads before tokens, and the starts, each with its side."""
+    q_nope_BNTP, q_rope_BNTR, k_nope_BNTP, k_rope_BTR, v_BNTH = inputs
+    named = {
+        "q_nope": (q_nope_BNTP, "query"),
+        "q_rope": (q_rope_BNTR, "query"),
+        "k_nope": (k_nope_BNTP, "key"),
+        "k_rope": (k_rope_BTR, "key"),
+        "v": (v_BNTH, "key"),
+    }
+    return named if starts_BT is None else named | {"starts": (starts_BT[:, None], "query")}
+
+
 def visit(step: Step, limits: Bounds, take: Callable[[bool], None]) -> None:
     """take(masked), where there is something to take: whether some scores are not to be seen."""
     is_whole = (step.key < step.query) & (step.key >= limits.whole[step.batch, step.query])
@@ -169,7 +182,7 @@ def visible(step: Step, starts: jax.Array | None, tokens: int, query_dim: int) -
     """bool [tokens, tokens]: whether a query sees a key, queries along `query_dim`.
 
     Args:
-      starts: int32 of every query, of the same shape; None: one document.
+      starts: int32 of every query, which broadcasts to that shape; None: one document.
     """
     shape = (tokens, tokens)
     query, key = (lax.broadcasted_iota(jnp.int32, shape, dim) for dim in (query_dim, 1 - query_dim))

@@ -36,13 +36,8 @@ def forward(
     B, N, T, H = v_BNTH.shape
     grid = blocks.Blocks(blocks.keys_of_queries, (B, N, T), config)
     tokens, heads = grid.tokens, grid.heads
-    operands = {
-        "q_nope": (q_nope_BNTP, "query"),
-        "q_rope": (q_rope_BNTR, "query"),
-        "k_nope": (k_nope_BNTP, "key"),
-        "k_rope": (k_rope_BTR, "key"),
-        "v": (v_BNTH, "key"),
-    }
+    inputs = (q_nope_BNTP, q_rope_BNTR, k_nope_BNTP, k_rope_BTR, v_BNTH)
+    operands = blocks.operands(inputs, starts_BT)
     outputs = {
         "o": (jax.ShapeDtypeStruct(v_BNTH.shape, v_BNTH.dtype), "query"),
         "lse": (jax.ShapeDtypeStruct((B, N, 1, T), jnp.float32), "query"),
@@ -53,7 +48,6 @@ def forward(
         "o_sum": pltpu.VMEM((heads, tokens, H), jnp.float32),
     }
     if starts_BT is not None:
-        operands["starts"] = (starts_BT[:, None], "query")
         scratch["starts_column"] = pltpu.VMEM((tokens, LANES), jnp.int32)
 
     def body(step, limits, refs):

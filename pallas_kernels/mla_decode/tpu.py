@@ -76,9 +76,9 @@ def mla_decode_tpu(
 ) -> jax.Array:
     """As `mla_decode_reference`; weights are rounded to bfloat16.
 
-    The kernel reads pages in rows, the last dim innermost. XLA gives arrays that are 64 wide another
-    layout by itself, and then copies all of `k_rope_YZSR` before every call: a caller that keeps a
-    cache asks for this layout (`jax.experimental.layout.Format`).
+    The kernel reads pages in rows, the last dim innermost. XLA by itself gives arrays that are 64
+    wide another layout, and then copies all of `k_rope_YZSR` before every call: a caller that keeps
+    a cache asks for this layout (`jax.experimental.layout.Format`).
 
     Raises:
       NotImplementedError: other operands.
