@@ -240,6 +240,15 @@ def test_a_kernel_takes_no_sequences_that_a_mesh_does_not_divide(kernels_by_defi
     assert attention.choose(inputs, None, None, mesh) is attention.IMPLEMENTATIONS["blockwise"]
 
 
+def test_a_tpu_takes_its_kernels_for_what_they_accept(monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    inputs, _ = random_inputs(1, T=8, P=128, R=64, H=128, dtype=jnp.bfloat16)
+    for segments in (None, documents(2, 8)):
+        assert attention.choose(inputs, segments, None, None) is attention.IMPLEMENTATIONS["tpu"]
+    wide = [x.astype(jnp.float32) for x in inputs]
+    assert attention.choose(wide, None, None, None) is attention.IMPLEMENTATIONS["blockwise"]
+
+
 def test_dispatch_names_every_reason():
     inputs, _ = random_inputs(1)
     short_keys = [x[:, :5] if i in (2, 3, 4) else x for i, x in enumerate(inputs)]
