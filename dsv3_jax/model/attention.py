@@ -19,7 +19,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 from dsv3_jax.errors import UserError, did_you_mean
 from dsv3_jax.model import attention_cudnn as cudnn
-from dsv3_jax.model import attention_hopper as hopper
+from dsv3_jax.model import attention_kernels as kernels
 from dsv3_jax.parallel.mesh import BATCH_AXES
 
 BLOCK_TOKENS = 512  # most query or key tokens of a block of scores
@@ -55,8 +55,8 @@ def mla_attention(
     Args:
       scale: multiplies the whole logit.
       segments_BT: int32 document numbers; a token attends to its own document only. S must be T.
-      implementation: 'hopper', 'cudnn' or 'blockwise'; None takes the first that accepts the
-        inputs.
+      implementation: 'hopper', 'tpu', 'cudnn' or 'blockwise'; None takes the first that accepts
+        the inputs.
       mesh: that B is split over; None on one device, and inside `shard_map`.
 
     Returns:
@@ -358,7 +358,8 @@ _CUDNN_PASSES = (
 )
 # In the order of preference.
 IMPLEMENTATIONS = {
-    "hopper": by_passes(hopper.refuse, hopper.forward, hopper.backward),
+    "hopper": by_passes(*kernels.passes("hopper")),
+    "tpu": by_passes(*kernels.passes("tpu")),
     "cudnn": Attention(cudnn.refuse, cudnn.attend, *_CUDNN_PASSES),
     "blockwise": Attention(
         _refuse_blockwise, blockwise_attention, _blockwise_forward, _blockwise_backward

@@ -24,7 +24,7 @@ class Runtime:
     fp8: Fp8Recipe | None = None  # how the Linears of `policy.LINEARS` multiply; None: as the rest
     remat: str = "none"  # 'none', 'paper' (spec §5.5), 'full'
     scan_layers: bool = True  # one program for layers of a kind; False: each compiled on its own
-    attention: str | None = None  # None: the best for the shapes; 'hopper', 'cudnn', 'blockwise'
+    attention: str | None = None  # None: the best for the shapes; see `model/attention.py`
     grouped_matmul: str | None = None  # None: by platform; see `parallel/grouped_matmul.py`
     dispatch: str = "padded"  # 'padded', 'ragged', 'hierarchical'
     buffer_factor: float | None = None  # room for received rows over an even share; None: for all

@@ -10,7 +10,7 @@ import jax
 from jax.ad_checkpoint import checkpoint_name
 
 from pallas_kernels import dispatch
-from pallas_kernels.mla_attention.gpu import backward_hopper, forward_hopper, refuse
+from pallas_kernels.mla_attention import gpu, tpu
 from pallas_kernels.mla_attention.reference import (
     document_starts,
     mla_attention_reference,
@@ -19,8 +19,17 @@ from pallas_kernels.mla_attention.reference import (
 
 __all__ = ["backward", "document_starts", "forward", "mla_attention", "refuse"]
 
-_FORWARD = {"hopper": forward_hopper, "reference": mla_attention_reference}
-_BACKWARD = {"hopper": backward_hopper, "reference": mla_gradients_reference}
+_FORWARD = {
+    "hopper": gpu.forward_hopper,
+    "tpu": tpu.forward_tpu,
+    "reference": mla_attention_reference,
+}
+_BACKWARD = {
+    "hopper": gpu.backward_hopper,
+    "tpu": tpu.backward_tpu,
+    "reference": mla_gradients_reference,
+}
+_REFUSE = {"hopper": gpu.refuse, "tpu": tpu.refuse}
 
 
 def mla_attention(
@@ -42,7 +51,7 @@ def mla_attention(
     Args:
       segments_BT: int32 document numbers, a document's tokens side by side; a token attends to its
         own document only.
-      implementation: 'reference' or 'hopper'; None: the best that accepts the operands.
+      implementation: 'reference', 'hopper' or 'tpu'; None: the best that accepts the operands.
 
     Raises:
       NotImplementedError: the implementation named does not take these operands, and why.
@@ -60,6 +69,11 @@ def forward(*inputs_starts_scale, implementation: str | None = None) -> tuple[ja
 def backward(*residuals_do, implementation: str | None = None) -> tuple[jax.Array, ...]:
     """The gradients of the five inputs: see `reference.mla_gradients_reference`."""
     return dispatch.call("mla_attention_gradients", _BACKWARD, implementation, *residuals_do)
+
+
+def refuse(inputs: tuple[jax.Array, ...], implementation: str) -> None:
+    """Raises NotImplementedError for the five inputs where 'hopper' or 'tpu' does not take them."""
+    _REFUSE[implementation](inputs)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(6, 7))

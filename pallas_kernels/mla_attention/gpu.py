@@ -7,8 +7,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.mla_attention import gpu_backward, gpu_backward_keys, gpu_forward
 from pallas_kernels.mla_attention.common import TILE
-
-WIDTHS = (128, 64, 128)  # nope, rope, value: what the shared memory is laid out for
+from pallas_kernels.mla_attention.operands import output_products, refuse_operands, whole_tiles
 
 
 def forward_hopper(
@@ -29,7 +28,7 @@ def forward_hopper(
     inputs = (q_nope_BTNP, q_rope_BTNR, k_nope_BTNP, k_rope_BTR, v_BTNH)
     refuse(inputs, interpret)
     num_tokens = q_nope_BTNP.shape[1]
-    *inputs, starts_BT = _whole_tiles(*inputs, starts_BT)
+    *inputs, starts_BT = whole_tiles(TILE, *inputs, starts_BT)
     o_BTNH, lse_BNT = gpu_forward.forward(*inputs, starts_BT, scale, interpret=interpret)
     return o_BTNH[:, :num_tokens], lse_BNT[..., :num_tokens]
 
@@ -51,8 +50,10 @@ def backward_hopper(
     inputs = (q_nope_BTNP, q_rope_BTNR, k_nope_BTNP, k_rope_BTR, v_BTNH)
     refuse(inputs, interpret)
     num_tokens = q_nope_BTNP.shape[1]
-    delta_BNT = jnp.einsum("BTNH,BTNH->BNT", o_BTNH, do_BTNH, preferred_element_type=jnp.float32)
-    *inputs, do_BTNH, starts_BT = _whole_tiles(*inputs, do_BTNH.astype(v_BTNH.dtype), starts_BT)
+    delta_BNT = output_products(o_BTNH, do_BTNH)
+    *inputs, do_BTNH, starts_BT = whole_tiles(
+        TILE, *inputs, do_BTNH.astype(v_BTNH.dtype), starts_BT
+    )
     rest = -num_tokens % TILE
     # A padded query's gradient is zero whatever its weights are, as long as they are finite.
     lse_BNT, delta_BNT = (jnp.pad(x, ((0, 0), (0, 0), (0, rest))) for x in (lse_BNT, delta_BNT))
@@ -67,25 +68,8 @@ def backward_hopper(
 
 def refuse(inputs: tuple[jax.Array, ...], interpret: Any = None) -> None:
     """Raises NotImplementedError for inputs that the kernels do not take."""
-    q_nope_BTNP, q_rope_BTNR, k_nope_BTNP, _, v_BTNH = inputs
     if interpret is None and jax.__version_info__ < (0, 11):
         raise NotImplementedError("needs jax 0.11 or newer")
     if jax.default_backend() == "gpu" and jax.devices()[0].compute_capability != "9.0":
         raise NotImplementedError("runs on compute capability 9.0 (Hopper) alone")
-    if any(x.dtype != jnp.bfloat16 for x in inputs):
-        raise NotImplementedError("takes bfloat16 alone")
-    widths = tuple(x.shape[-1] for x in (q_nope_BTNP, q_rope_BTNR, v_BTNH))
-    if widths != WIDTHS:
-        raise NotImplementedError(f"takes widths (nope, rope, value) {WIDTHS}, not {widths}")
-    if k_nope_BTNP.shape[1] != q_nope_BTNP.shape[1]:
-        raise NotImplementedError("takes as many keys as queries")
-
-
-def _whole_tiles(*arrays_BT):
-    """Arrays [B, T, ...] or None with zeros up to a multiple of TILE tokens.
-
-    Padded keys come after every real query. Padded queries see what their `starts` of zero let
-    them: their outputs are cut off, and their gradients are zero.
-    """
-    padding = [(0, 0), (0, -arrays_BT[0].shape[1] % TILE)]
-    return jax.tree.map(lambda x: jnp.pad(x, padding + [(0, 0)] * (x.ndim - 2)), list(arrays_BT))
+    refuse_operands(inputs)

@@ -5,10 +5,15 @@ import jax
 from pallas_kernels import dispatch
 from pallas_kernels.mla_decode.gpu import mla_decode_hopper
 from pallas_kernels.mla_decode.reference import mla_decode_reference
+from pallas_kernels.mla_decode.tpu import mla_decode_tpu
 
 __all__ = ["mla_decode"]
 
-_IMPLEMENTATIONS = {"hopper": mla_decode_hopper, "reference": mla_decode_reference}
+_IMPLEMENTATIONS = {
+    "hopper": mla_decode_hopper,
+    "tpu": mla_decode_tpu,
+    "reference": mla_decode_reference,
+}
 
 
 def mla_decode(
@@ -39,7 +44,7 @@ def mla_decode(
         zeros.
       latent_scale_YZCS: float32, where the latents are E4M3 codes: of 128 numbers of a token. A
         latent is code * scale, rounded to the queries' dtype. None: latents are numbers.
-      implementation: 'reference' or 'hopper'; None: the best that accepts the operands.
+      implementation: 'reference', 'hopper' or 'tpu'; None: the best that accepts the operands.
 
     Raises:
       NotImplementedError: the implementation named does not take these operands, and why.

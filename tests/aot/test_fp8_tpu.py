@@ -1,13 +1,11 @@
 """The FP8 kernels compiled for TPU generations with and without FP8 units, without the hardware."""
 
 import importlib.util
-import os
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 import pytest
-from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 
 from pallas_kernels import specs
@@ -28,20 +26,6 @@ PRODUCTS = [
     (grouped.masked_fp8_matmul_tpu, specs.MASKED[-1]),
 ]
 MATRICES = [specs.QUANTIZE[0], specs.Quantize(M=1000, K=576)]
-
-
-@pytest.fixture(scope="module", params=["v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1"])
-def device(request):
-    # The first keeps libtpu from asking the network what it runs on, the second lets several
-    # processes (test workers) load it.
-    os.environ.update(TPU_SKIP_MDS_QUERY="1", ALLOW_MULTIPLE_LIBTPU_LOAD="1")
-    try:
-        slice_ = topologies.get_topology_desc(platform="tpu", topology_name=request.param)
-    except jax.errors.JaxRuntimeError as error:
-        if "Invalid TPU external name" not in str(error):
-            raise
-        pytest.skip(f"this libtpu does not know {request.param}")
-    return slice_.devices[0]
 
 
 def assert_compiles(device, function, *operands):

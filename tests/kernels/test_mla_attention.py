@@ -1,13 +1,17 @@
-"""MLA's attention: the definition against numpy, the Hopper kernels interpreted and on the chip."""
+"""MLA's attention: the definition against numpy, kernels interpreted, Hopper's on the chip too."""
+
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import mla_attention as mla
 from pallas_kernels.checking import relative_error
-from pallas_kernels.mla_attention import common, gpu
+from pallas_kernels.mla_attention import common, gpu, tpu, tpu_blocks
+from pallas_kernels.mla_attention.operands import WIDTHS
 from pallas_kernels.mla_attention.reference import (
     document_starts,
     mla_attention_reference,
@@ -23,7 +27,7 @@ SCALE = 192**-0.5
 ROUNDED_ERROR = 4e-3  # of bfloat16 results whose weights were rounded to bfloat16 too
 
 
-def draw(num_tokens, num_heads, dtype=jnp.bfloat16, widths=gpu.WIDTHS, batch=1):
+def draw(num_tokens, num_heads, dtype=jnp.bfloat16, widths=WIDTHS, batch=1):
     """q_nope, q_rope, k_nope, k_rope, v and a gradient of the output."""
     P, R, H = widths
     shapes = [(num_tokens, num_heads, width) for width in (P, R, P, H, H)]
@@ -55,22 +59,28 @@ def float32_results(inputs, starts_BT, do_BTNH):
     return o_BTNH, lse_BNT, *gradients
 
 
-def kernel_results(inputs, starts_BT, do_BTNH, interpret=None):
-    o_BTNH, lse_BNT = gpu.forward_hopper(*inputs, starts_BT, SCALE, interpret=interpret)
-    gradients = gpu.backward_hopper(
-        *inputs, starts_BT, SCALE, o_BTNH, lse_BNT, do_BTNH, interpret=interpret
-    )
-    return o_BTNH, lse_BNT, *gradients
+def kernel_results(inputs, starts_BT, do_BTNH, forward, backward):
+    o_BTNH, lse_BNT = forward(*inputs, starts_BT, SCALE)
+    return o_BTNH, lse_BNT, *backward(*inputs, starts_BT, SCALE, o_BTNH, lse_BNT, do_BTNH)
 
 
-def check_kernels(num_tokens, num_heads, with_documents, batch=1, interpret=None):
+def hopper_passes(interpret=None):
+    return [partial(f, interpret=interpret) for f in (gpu.forward_hopper, gpu.backward_hopper)]
+
+
+def tpu_passes(tokens=128, heads=2, interpret=True):
+    settings = dict(config=tpu_blocks.Config(tokens, heads), interpret=interpret)
+    return [partial(f, **settings) for f in (tpu.forward_tpu, tpu.backward_tpu)]
+
+
+def check_kernels(num_tokens, num_heads, with_documents, passes, batch=1):
     *inputs, do_BTNH = draw(num_tokens, num_heads, batch=batch)
     starts_BT = None
     if with_documents:
         starts_BT = document_starts(random_segments(num_tokens, batch))
     expected = float32_results(inputs, starts_BT, do_BTNH)
     for y, y_expected in zip(
-        kernel_results(inputs, starts_BT, do_BTNH, interpret), expected, strict=True
+        kernel_results(inputs, starts_BT, do_BTNH, *passes), expected, strict=True
     ):
         assert y.shape == y_expected.shape
         assert relative_error(y, y_expected) <= ROUNDED_ERROR
@@ -133,7 +143,83 @@ class TestInterpreted:
 
     @pytest.mark.parametrize("with_documents", [False, True])
     def test_several_tiles_and_a_part_of_one(self, with_documents):
-        check_kernels(300, 2, with_documents, interpret=InterpretGPUParams())
+        check_kernels(300, 2, with_documents, hopper_passes(InterpretGPUParams()))
+
+
+class TestTpuInterpreted:
+    @pytest.mark.parametrize(
+        ("num_tokens", "num_heads", "batch", "with_documents"),
+        [(300, 4, 1, False), (300, 3, 2, True), (40, 1, 1, True)],
+    )
+    def test_several_blocks_and_a_part_of_one(self, num_tokens, num_heads, batch, with_documents):
+        check_kernels(num_tokens, num_heads, with_documents, tpu_passes(), batch)
+
+    def test_derivative_in_memory_that_starts_as_nan(self):
+        *inputs, do_BTNH = draw(130, 2)
+        segments_BT = random_segments(130)
+
+        def loss(inputs, **settings):
+            o_BTNH = mla.mla_attention(*inputs, scale=SCALE, segments_BT=segments_BT, **settings)
+            return jnp.vdot(o_BTNH.astype(jnp.float32), do_BTNH.astype(jnp.float32))
+
+        with pltpu.force_tpu_interpret_mode(pltpu.InterpretParams(uninitialized_memory="nan")):
+            gradients = jax.grad(partial(loss, implementation="tpu"))(inputs)
+        wide = [x.astype(jnp.float32) for x in inputs]
+        for y, y_expected in zip(gradients, jax.grad(loss)(wide), strict=True):
+            assert relative_error(y, y_expected) <= ROUNDED_ERROR
+
+    def test_blocks_that_nobody_sees_are_not_used(self):
+        """Nor are their queries, where keys are asked for their gradients."""
+        *inputs, do_BTNH = draw(256, 2)
+        starts_BT = jnp.repeat(jnp.asarray([[0, 128]]), 128, axis=1)
+        clean = kernel_results(inputs, starts_BT, do_BTNH, *tpu_passes())
+        for rows in (slice(0, 128), slice(128, 256)):
+            spoilt = [x.at[:, rows].set(jnp.nan) for x in (*inputs, do_BTNH)]
+            results = kernel_results(spoilt[:-1], starts_BT, spoilt[-1], *tpu_passes())
+            other = slice(128, 256) if rows.start == 0 else slice(0, 128)
+            for i, (y, y_clean) in enumerate(zip(results, clean, strict=True)):
+                where = (..., other) if i == 1 else (slice(None), other)  # lse_BNT
+                np.testing.assert_array_equal(y[where], y_clean[where])
+
+    def test_refuses_other_widths(self):
+        *inputs, _ = draw(4, 2, widths=(128, 64, 64))
+        with pytest.raises(NotImplementedError, match=r"tpu: takes widths .*\(128, 64, 64\)"):
+            mla.mla_attention(*inputs, scale=SCALE, implementation="tpu")
+
+
+@pytest.mark.parametrize("locate", [tpu_blocks.keys_of_queries, tpu_blocks.queries_of_keys])
+@pytest.mark.parametrize("with_documents", [False, True])
+def test_tpu_steps_visit_what_is_seen_and_copy_nothing_else(locate, with_documents):
+    batch, num_tokens, tokens = 2, 2048, 256
+    starts_BT = np.zeros((batch, num_tokens), np.int32)
+    if with_documents:
+        starts_BT = np.asarray(document_starts(random_segments(num_tokens, batch)))
+    given = jnp.asarray(starts_BT) if with_documents else None
+    limits = [np.asarray(x) for x in tpu_blocks.bounds(given, (batch, num_tokens), tokens)]
+    limits = tpu_blocks.Bounds(*limits)
+    key, query = np.arange(num_tokens), np.arange(num_tokens)[:, None]
+    num_blocks = num_tokens // tokens
+    for b in range(batch):
+        visible = (key <= query) & (key >= starts_BT[b][:, None])
+        cut = visible.reshape(num_blocks, tokens, num_blocks, tokens)
+        seen, whole = cut.any(axis=(1, 3)), cut.all(axis=(1, 3))
+        visits = []
+        for own in range(num_blocks):
+            outer = (b, 0, own) if locate is tpu_blocks.keys_of_queries else (b, own, 0)
+            before, lasts = None, 0
+            for number in range(num_blocks):
+                step = locate(*outer, number, limits)
+                here = int(step.query), int(step.key)
+                assert step.is_first == (number == 0)
+                assert step.is_visit or here == before
+                if step.is_visit:
+                    visits.append(here)
+                    lasts += step.is_last
+                if step.is_visit and here[1] < here[0]:
+                    assert whole[here] == (here[1] >= limits.whole[b, here[0]])
+                before = here
+            assert lasts == 1
+        assert sorted(visits) == sorted(zip(*np.nonzero(seen), strict=True))
 
 
 @pytest.mark.gpu
@@ -143,4 +229,4 @@ class TestInterpreted:
     ("num_tokens", "num_heads", "batch"), [(40, 1, 1), (200, 3, 2), (2048, 16, 1)]
 )
 def test_on_the_chip(num_tokens, num_heads, batch, with_documents):
-    check_kernels(num_tokens, num_heads, with_documents, batch)
+    check_kernels(num_tokens, num_heads, with_documents, hopper_passes(), batch)

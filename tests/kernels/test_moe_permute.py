@@ -76,6 +76,7 @@ def test_operands_that_do_not_fit_are_named():
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs an NVIDIA GPU")
 @pytest.mark.parametrize("width", [1024, 7168])
 def test_on_the_chip(width):
     rng = np.random.default_rng()
@@ -95,6 +96,7 @@ def test_on_the_chip(width):
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs an NVIDIA GPU")
 def test_gradients_on_the_chip():
     """`spread` and `collect` are each other's transposes, whichever runs."""
     rng = np.random.default_rng()

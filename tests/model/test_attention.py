@@ -10,9 +10,8 @@ import pytest
 
 from dsv3_jax.config import ParallelConfig
 from dsv3_jax.errors import UserError
-from dsv3_jax.model import attention
+from dsv3_jax.model import attention, attention_kernels
 from dsv3_jax.model import attention_cudnn as cudnn
-from dsv3_jax.model import attention_hopper as hopper
 from dsv3_jax.parallel.mesh import make_mesh
 
 NAMES = ("q_nope", "q_rope", "k_nope", "k_rope", "v")
@@ -178,28 +177,31 @@ def test_no_score_matrix_at_4096_tokens():
 
 
 @pytest.fixture
-def hopper_by_definition(monkeypatch):
-    """Hopper's kernels as what defines them, so that all around them runs here."""
-    accepted = attention.by_passes(lambda *_: None, hopper.forward, hopper.backward)
-    monkeypatch.setitem(attention.IMPLEMENTATIONS, "hopper", accepted)
+def kernels_by_definition(monkeypatch):
+    """Our kernels as what defines them, so that all around them runs here."""
+    for name in attention_kernels.PLATFORMS:
+        _, *passes = attention_kernels.passes(name)
+        accepted = attention.by_passes(lambda *_: None, *passes)
+        monkeypatch.setitem(attention.IMPLEMENTATIONS, name, accepted)
     for name in ("forward", "backward"):
-        function = getattr(hopper.kernels, name)
+        function = getattr(attention_kernels.kernels, name)
 
         def by_definition(*args, function=function, implementation):
             return function(*args, implementation="reference")
 
-        monkeypatch.setattr(hopper.kernels, name, by_definition)
+        monkeypatch.setattr(attention_kernels.kernels, name, by_definition)
 
 
+@pytest.mark.parametrize("name", ["hopper", "tpu"])
 @pytest.mark.parametrize("separate", [False, True], ids=["one_text", "documents"])
-def test_kernels_run_on_each_device_of_a_mesh(separate, hopper_by_definition):
+def test_kernels_run_on_each_device_of_a_mesh(separate, name, kernels_by_definition):
     inputs, do = random_inputs(9, B=8)
     segments = documents(8, 13) if separate else None
     expected, expected_gradients = reference(inputs, do, segments)
     for mesh in (None, make_mesh(ParallelConfig(data=2, expert=4))):
         attend = partial(
             attention.mla_attention, scale=SCALE, segments_BT=segments, mesh=mesh,
-            implementation="hopper",
+            implementation=name,
         )  # fmt: skip
 
         @jax.jit
@@ -213,7 +215,7 @@ def test_kernels_run_on_each_device_of_a_mesh(separate, hopper_by_definition):
             np.testing.assert_allclose(got, want, atol=1e-5)
 
 
-def test_recomputation_keeps_what_a_kernel_returns(hopper_by_definition):
+def test_recomputation_keeps_what_a_kernel_returns(kernels_by_definition):
     """Its forward pass then runs once: one softmax less than without the names."""
     inputs, do = random_inputs(10, B=8)
     mesh = make_mesh(ParallelConfig(data=8))
@@ -229,13 +231,22 @@ def test_recomputation_keeps_what_a_kernel_returns(hopper_by_definition):
     assert num_exponentials("attention_out", "attention_lse") < num_exponentials()
 
 
-def test_a_kernel_takes_no_sequences_that_a_mesh_does_not_divide(hopper_by_definition):
+def test_a_kernel_takes_no_sequences_that_a_mesh_does_not_divide(kernels_by_definition):
     inputs, _ = random_inputs(1, B=3)
     attend = partial(attention.mla_attention, *inputs, scale=SCALE)
     mesh = make_mesh(ParallelConfig(data=2, expert=4))
     with pytest.raises(NotImplementedError, match="takes no 3 sequences on 8 devices"):
         attend(mesh=mesh, implementation="hopper")
     assert attention.choose(inputs, None, None, mesh) is attention.IMPLEMENTATIONS["blockwise"]
+
+
+def test_a_tpu_takes_its_kernels_for_what_they_accept(monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    inputs, _ = random_inputs(1, T=8, P=128, R=64, H=128, dtype=jnp.bfloat16)
+    for segments in (None, documents(2, 8)):
+        assert attention.choose(inputs, segments, None, None) is attention.IMPLEMENTATIONS["tpu"]
+    wide = [x.astype(jnp.float32) for x in inputs]
+    assert attention.choose(wide, None, None, None) is attention.IMPLEMENTATIONS["blockwise"]
 
 
 def test_dispatch_names_every_reason():
