@@ -1,9 +1,9 @@
 """Moving rows to the slots of their experts and summing them back: gathers, never a scatter-add.
 
 Tokens are quantised where they are, before they are sent (spec §5.6), so that what is permuted is
-codes: a row of 7,392 bytes and not of 14,336. Their weights multiply inside SwiGLU (spec §3, step
-6), so that the sum on the way back is plain. Every result has one writer and one order of sums:
-the same bits in every run.
+codes: at V3's width a row of 7,392 bytes and not of 14,336. Their weights multiply inside SwiGLU
+(spec §3, step 6), so that the sum on the way back is plain. Every result has one writer and one
+order of sums: the same bits in every run.
 """
 
 import jax
@@ -14,7 +14,7 @@ from pallas_kernels.moe_permute.reference import (
     permute_packed_rows_reference,
     unpermute_sum_reference,
 )
-from pallas_kernels.pack.reference import row_bytes
+from pallas_kernels.pack import check_payload
 
 __all__ = ["permute_packed_rows", "unpermute_sum"]
 
@@ -40,11 +40,7 @@ def permute_packed_rows(
       ValueError: messages of another length.
       NotImplementedError: the implementation named does not take these operands, and why.
     """
-    if payload_RW.dtype != "uint8" or payload_RW.shape[1:] != (row_bytes(width),):
-        raise ValueError(
-            f"permute_packed_rows: payload_RW is {payload_RW.dtype}{list(payload_RW.shape)}; "
-            f"allowed: uint8[*, {row_bytes(width)}]; make it with pack_rows(q_RD, s_RT)"
-        )
+    check_payload("permute_packed_rows", "payload_RW", payload_RW, width)
     operands = (payload_RW, row_M, width)
     return dispatch.call("permute_packed_rows", _PERMUTE, implementation, *operands)
 

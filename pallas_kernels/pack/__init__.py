@@ -5,7 +5,7 @@ import jax
 from pallas_kernels.operands import TILES, check_codes, check_scales, tile_scales
 from pallas_kernels.pack import reference
 
-__all__ = ["pack_rows", "unpack_rows"]
+__all__ = ["check_payload", "pack_rows", "unpack_rows"]
 
 
 def pack_rows(q_MK: jax.Array, s_MT: jax.Array) -> jax.Array:
@@ -25,11 +25,16 @@ def unpack_rows(payload_MW: jax.Array, K: int) -> tuple[jax.Array, jax.Array]:
     Raises:
       ValueError: no rows of bytes, or of another length than K codes and their scales.
     """
+    check_payload("unpack_rows", "payload_MW", payload_MW, K)
+    return reference.unpack_rows_reference(payload_MW, K)
+
+
+def check_payload(operation: str, name: str, payload_MW: jax.Array, K: int) -> None:
+    """Raises ValueError unless these are messages of `pack_rows` with K codes each."""
     width = reference.row_bytes(K)
     if payload_MW.dtype != "uint8" or payload_MW.ndim != 2 or payload_MW.shape[1] != width:
         raise ValueError(
-            f"unpack_rows: payload_MW is {payload_MW.dtype}{list(payload_MW.shape)}; allowed: "
+            f"{operation}: {name} is {payload_MW.dtype}{list(payload_MW.shape)}; allowed: "
             f"uint8[*, {width}], {K} codes a row and the bytes of their scales; make it with "
             "pack_rows(q_MK, s_MT)"
         )
-    return reference.unpack_rows_reference(payload_MW, K)
