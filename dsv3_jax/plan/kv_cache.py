@@ -27,22 +27,6 @@ def latent_cache(model: ModelConfig) -> CacheShape:
     )
 
 
-def served_bytes_per_token(model: ModelConfig, cache_dtype: str) -> int:
-    """Of a server's pages (`model/paged_cache.py`), all layers.
-
-    Args:
-      cache_dtype: 'float32', 'bfloat16', or 'fp8': codes and scales, the rope key in BF16.
-    """
-    latent, rope = model.kv_latent_dim, model.qk_rope_head_dim
-    scales = -(-latent // 128)
-    bytes_of = {
-        "float32": 4 * (latent + rope),
-        "bfloat16": 2 * (latent + rope),
-        "fp8": latent + 4 * scales + 2 * rope,
-    }
-    return model.num_layers * bytes_of[cache_dtype]
-
-
 def per_head_cache(num_layers: int, num_kv_heads: int, head_dim: int) -> CacheShape:
     """A key and a value for each KV head: grouped-query or, with every head, multi-head."""
     return CacheShape(num_layers=num_layers, numbers_per_layer=2 * num_kv_heads * head_dim)
