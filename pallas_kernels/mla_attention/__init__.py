@@ -11,6 +11,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from pallas_kernels import dispatch
 from pallas_kernels.mla_attention import gpu, tpu
+from pallas_kernels.mla_attention.operands import refuse_operands
 from pallas_kernels.mla_attention.reference import (
     document_starts,
     mla_attention_reference,
@@ -29,7 +30,7 @@ _BACKWARD = {
     "tpu": tpu.backward_tpu,
     "reference": mla_gradients_reference,
 }
-_REFUSE = {"hopper": gpu.refuse, "tpu": tpu.refuse}
+_REFUSE = {"hopper": gpu.refuse, "tpu": refuse_operands}
 
 
 def mla_attention(

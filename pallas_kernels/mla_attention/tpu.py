@@ -30,7 +30,7 @@ def forward_tpu(
       NotImplementedError: other operands.
     """
     inputs = (q_nope_BTNP, q_rope_BTNR, k_nope_BTNP, k_rope_BTR, v_BTNH)
-    refuse(inputs)
+    refuse_operands(inputs)
     num_tokens = q_nope_BTNP.shape[1]
     inputs_starts = _for_kernels(config, inputs, starts_BT)
     o_BNTH, lse_BNT = tpu_forward.forward(*inputs_starts, scale, config, interpret)
@@ -53,7 +53,7 @@ def backward_tpu(
 ) -> tuple[jax.Array, ...]:
     """The gradients of the five inputs; raises as `forward_tpu`."""
     inputs = (q_nope_BTNP, q_rope_BTNR, k_nope_BTNP, k_rope_BTR, v_BTNH)
-    refuse(inputs)
+    refuse_operands(inputs)
     num_tokens = q_nope_BTNP.shape[1]
     delta_BNT = output_products(o_BTNH, do_BTNH)
     rest = -num_tokens % config.block(num_tokens)
@@ -68,11 +68,6 @@ def backward_tpu(
         *tpu_backward.key_value_gradients(*operands),
     )
     return tuple(_heads_last(x)[:, :num_tokens] for x in gradients)
-
-
-def refuse(inputs: tuple[jax.Array, ...]) -> None:
-    """Raises NotImplementedError for inputs that the kernels do not take."""
-    refuse_operands(inputs)
 
 
 def _for_kernels(config: Config, arrays, starts_BT):

@@ -19,9 +19,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels.mla_attention.tpu_common import VMEM_BYTES
 from pallas_kernels.tpu_gemm import LANES
-
-VMEM_BYTES = 32 * 2**20  # that a kernel may take; every chip has 64 MiB or more
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from jax import lax
 from pallas_kernels.tpu_gemm import LANES
 
 LOG2E = math.log2(math.e)
+VMEM_BYTES = 32 * 2**20  # that a kernel may take; every chip has 64 MiB or more
 MASKED = -1e30  # a score nobody sees
 LOWEST = MASKED / 2  # where a maximum starts: far above, so that masked scores weigh nothing
 

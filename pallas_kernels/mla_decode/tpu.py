@@ -17,14 +17,13 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.mla_attention.tpu_common import LOG2E, MASKED, Softmax, multiply
+from pallas_kernels.mla_attention.tpu_common import LOG2E, MASKED, VMEM_BYTES, Softmax, multiply
 from pallas_kernels.tpu_gemm import LANES
 
 WIDTHS = (512, 64)  # latent, rope
 SUBLANES = 16  # rows of bfloat16 in a register
 LARGEST_PAGE = 1024  # tokens: a few of them fill what a kernel may have
 LARGEST_TABLE = 2**17  # numbers of pages: they lie in scalar memory, of a megabyte
-VMEM_BYTES = 32 * 2**20
 
 
 @dataclass(frozen=True)
